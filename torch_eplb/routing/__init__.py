@@ -1,0 +1,50 @@
+"""The hot path on the device: counting hits, and from logical to physical ids.
+
+`tables` keeps what the placement says; `choose` reads it per batch; `quotas` balances a batch;
+`intervals` turns quotas into what each rank sends and receives; `load` counts.
+Knows no policy and starts no communication.
+"""
+
+from torch_eplb.routing.choose import choose_by_quota, choose_from_table, count_hits
+from torch_eplb.routing.intervals import (
+    DispatchPlan,
+    choose_locally,
+    interval_counts,
+    plan_dispatch,
+)
+from torch_eplb.routing.load import LoadCounters
+from torch_eplb.routing.quotas import solve_quotas
+from torch_eplb.routing.tables import REPLICA_CHOICES, RoutingTables
+
+__all__ = [
+    "REPLICA_CHOICES",
+    "DispatchPlan",
+    "LoadCounters",
+    "RoutingTables",
+    "choose_by_quota",
+    "choose_from_table",
+    "choose_locally",
+    "count_hits",
+    "interval_counts",
+    "plan_dispatch",
+    "solve_quotas",
+]
+
+from torch_eplb.routing.choose import choose_by_quota, choose_from_table, count_hits
+from torch_eplb.routing.intervals import choose_locally, interval_counts, plan_dispatch
+from torch_eplb.routing.load import LoadCounters, SampleWindow
+from torch_eplb.routing.quotas import solve_quotas
+from torch_eplb.routing.tables import RoutingTables
+
+__all__ = [
+    "LoadCounters",
+    "RoutingTables",
+    "SampleWindow",
+    "choose_by_quota",
+    "choose_from_table",
+    "choose_locally",
+    "count_hits",
+    "interval_counts",
+    "plan_dispatch",
+    "solve_quotas",
+]

@@ -1,0 +1,632 @@
+"""Planners that die, hang, lie or are left alone: real processes, real signals.
+
+Each fault must come out of `Planner.poll` as one line that names the cause, and the planner must
+plan again without help; where the server dies, nothing of the planner may stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import torch_eplb
+from torch_eplb.placement import Placement
+from torch_eplb.planning import process, worker
+from torch_eplb.planning.frames import DTYPES, Frame
+from torch_eplb.planning.messages import Request, check_reply
+from torch_eplb.planning.plan import Topology
+from torch_eplb.planning.process import Planner, PlannerFault, PlannerSettings, PlanReply
+
+LIMIT = 60
+LAYERS, EXPERTS, RANKS, SLOTS = 2, 6, 4, 2
+PLACEMENT = Placement.initial(LAYERS, EXPERTS, RANKS, SLOTS)
+LOAD = np.random.default_rng(0).gamma(0.3, 100.0, size=(4, LAYERS, EXPERTS))
+
+
+@pytest.fixture(autouse=True)
+def hard_limit() -> Iterator[None]:
+    """Fail a test that hangs; end the whole run if even that is not possible."""
+
+    def overdue(*_: object) -> None:
+        raise TimeoutError(f"the test took more than {LIMIT} s")
+
+    before = signal.signal(signal.SIGALRM, overdue)
+    signal.alarm(LIMIT)
+    faulthandler.dump_traceback_later(2 * LIMIT, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Planner]]:
+    """Make planners that restart quickly and are closed after the test."""
+    monkeypatch.setattr(process, "BACKOFF_FIRST_SECONDS", 0.02)
+    made: list[Planner] = []
+
+    def make(policy: Any = "deepseek", **kwargs: Any) -> Planner:
+        made.append(Planner(settings_for(policy), **kwargs))
+        return made[-1]
+
+    yield make
+    for planner in made:
+        planner.close()
+
+
+def settings_for(policy: Any = "deepseek") -> PlannerSettings:
+    return PlannerSettings(policy, {}, Topology(RANKS), (1000,) * LAYERS, 1000)
+
+
+def wait_for(condition: Callable[[], Any], limit: float = 30.0) -> Any:
+    """Look until the condition holds; what happens elsewhere can be waited for in no other way."""
+    end = time.monotonic() + limit
+    while not (value := condition()):
+        if time.monotonic() > end:
+            raise TimeoutError("it did not come about")
+        time.sleep(0.002)
+    return value
+
+
+def ask(planner: Planner, request_id: int = 1) -> PlanReply | PlannerFault:
+    planner.submit(request_id, LOAD, PLACEMENT)
+    return wait_for(planner.poll)
+
+
+def fault_of(answer: Any) -> PlannerFault:
+    assert isinstance(answer, PlannerFault), answer
+    assert answer.cause.isprintable()
+    assert len(answer.cause) <= 300
+    return answer
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+# -- policies that go wrong the first time they are asked -----------------------------------------
+
+POLICIES = """
+import ctypes, os, resource, signal, sys, threading, time
+from pathlib import Path
+import numpy as np
+from torch_eplb.placement import Placement
+from torch_eplb.planning.plan import Plan
+
+def even(placement):
+    counts = placement.replica_counts()
+    experts = placement.experts
+    layer = np.arange(len(experts))[:, None, None]
+    return Plan(placement, 1.0 / counts[layer, experts], np.ones(len(experts)))
+
+def changed(placement, **fields):
+    plan = even(placement)
+    given = dict(placement=plan.placement, split=plan.split, predicted_par=plan.predicted_par)
+    return Plan(**{**given, **fields})
+
+def die(placement): os.kill(os.getpid(), signal.SIGKILL)
+def stop(placement): os.kill(os.getpid(), signal.SIGSTOP)
+def loop(placement):
+    while True: pass
+def hold_the_gil(placement): sum(range(10**13))
+def abort(placement):
+    os.write(2, b"terminate called after throwing\\n")
+    os.abort()
+def crash(placement): ctypes.string_at(0)
+def leave(placement):
+    print("no more of this", file=sys.stderr)
+    os._exit(3)
+def close_all(placement): os.closerange(3, 64); time.sleep(1000)
+def out_of_memory(placement):
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + (64 << 20), before[1]))
+    try: np.ones(1 << 30)
+    finally: resource.setrlimit(resource.RLIMIT_AS, before)
+def fail(placement): raise KeyError("several\\nlines \\x1b[31m of text" + "." * 10_000)
+def leave_politely(placement): sys.exit("good bye")
+def interrupt(placement): raise KeyboardInterrupt
+def recurse(placement): return recurse(placement)
+def nothing(placement): return None
+def not_a_number(placement):
+    return changed(placement, split=np.full(placement.experts.shape, np.nan))
+def negative(placement):
+    split = even(placement).split.copy()
+    split[0, 0, 0] = -1.0
+    return changed(placement, split=split)
+def too_small(placement): return changed(placement, split=np.ones((1, 1, 1)))
+def other_sizes(placement): return even(Placement.initial(1, placement.num_experts, 4, 2))
+def uncovered(placement):
+    return changed(placement, placement=Placement(placement.experts * 0, placement.num_experts))
+
+def uncovered_array(placement): return placement.experts * 0
+
+def once(what):
+    flag = Path(__file__).with_name(f"{what.__name__}.done")
+    def policy(load, placement, topology):
+        if not flag.exists():
+            flag.touch()
+            return what(placement)
+        return even(placement)
+    policy.__qualname__ = f"once_{what.__name__}"
+    globals()[policy.__qualname__] = policy
+
+for what in [value for name, value in list(globals().items()) if callable(value)]:
+    if getattr(what, "__module__", None) == __name__: once(what)
+"""
+
+
+@pytest.fixture
+def policies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module above, as one that the child can import."""
+    name = f"policies_{uuid.uuid4().hex}"
+    (tmp_path / f"{name}.py").write_text(POLICIES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return importlib.import_module(name)
+
+
+@pytest.mark.parametrize(
+    ("what", "cause"),
+    [
+        ("die", "was killed by SIGKILL"),
+        ("stop", "gave no answer within 1 s"),
+        ("loop", "gave no answer within 1 s"),
+        ("hold_the_gil", "gave no answer within 1 s"),
+        ("abort", "was killed by SIGABRT: terminate called after throwing"),
+        ("crash", "was killed by SIGSEGV"),
+        ("leave", "exited with status 3: no more of this"),
+        ("close_all", "planner process exited with status 0"),
+    ],
+)
+def test_a_planner_that_ends_or_hangs_is_replaced(start, policies, what: str, cause: str) -> None:
+    planner = start(getattr(policies, f"once_{what}"), timeout=1.0)
+    pid = planner.pid
+    fault = fault_of(ask(planner, 5))
+    assert fault.request_id == 5
+    assert cause in fault.cause
+    assert isinstance(ask(planner, 6), PlanReply)
+    assert planner.restarts == 1
+    assert planner.pid != pid
+    assert not psutil.pid_exists(pid)
+
+
+@pytest.mark.parametrize(
+    ("what", "cause"),
+    [
+        ("out_of_memory", "policy raised MemoryError: Unable to allocate"),
+        ("fail", "policy raised KeyError: 'several\\nlines \\x1b[31m of text..."),
+        ("leave_politely", "policy raised SystemExit: good bye"),
+        ("interrupt", "policy raised KeyboardInterrupt"),
+        ("recurse", "policy raised RecursionError"),
+        ("nothing", "answer refused: "),
+        ("not_a_number", "answer refused: "),
+        ("negative", "answer refused: "),
+        ("too_small", "answer refused: "),
+        ("other_sizes", "answer refused: "),
+        ("uncovered", "policy raised ValueError: layer 0: expert 1 has no slot on any rank"),
+        ("uncovered_array", "answer refused: the policy's placement is wrong: layer 0: expert 1 "),
+    ],
+)
+def test_a_policy_that_goes_wrong_costs_one_request_and_nothing_else(
+    start, policies, what: str, cause: str
+) -> None:
+    planner = start(getattr(policies, f"once_{what}"))
+    pid = planner.pid
+    fault = fault_of(ask(planner, 5))
+    assert fault.request_id == 5
+    assert fault.cause.startswith(cause)
+    assert isinstance(ask(planner, 6), PlanReply)
+    assert planner.restarts == 0
+    assert planner.pid == pid
+
+
+def test_a_policy_in_a_thread_may_fail_or_hang_as_well(start) -> None:
+    calls: list[int] = []
+    release = worker.threading.Event()
+
+    def policy(load: Any, placement: Placement, topology: Topology) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise ValueError("no")
+        release.wait(LIMIT)
+
+    planner = start(policy, timeout=0.5)
+    assert fault_of(ask(planner, 1)).cause == "policy raised ValueError: no"
+    assert planner.restarts == 0
+    fault = fault_of(ask(planner, 2))
+    assert fault == PlannerFault(2, "policy gave no answer within 0.5 s")
+    release.set()
+    assert "answer refused" in fault_of(ask(planner, 3)).cause
+    assert planner.restarts == 1
+
+
+# -- signals from outside -------------------------------------------------------------------------
+
+
+def test_a_planner_killed_while_idle_is_replaced(start) -> None:
+    planner = start()
+    assert isinstance(ask(planner), PlanReply)
+    os.kill(planner.pid, signal.SIGKILL)
+    fault = fault_of(wait_for(planner.poll))
+    assert fault.request_id is None
+    assert "SIGKILL" in fault.cause
+    assert planner.pid is None
+    assert isinstance(ask(planner, 2), PlanReply)
+    assert planner.restarts == 1
+
+
+def test_a_planner_stopped_while_idle_is_replaced_at_the_next_request(start) -> None:
+    planner = start(timeout=1.0)
+    assert isinstance(ask(planner), PlanReply)
+    pid = planner.pid
+    os.kill(pid, signal.SIGSTOP)
+    assert fault_of(ask(planner, 2)) == PlannerFault(2, "planner process gave no answer within 1 s")
+    assert isinstance(ask(planner, 3), PlanReply)
+    assert not psutil.pid_exists(pid)
+
+
+def test_a_request_too_large_for_a_stopped_planners_socket_does_not_block(start) -> None:
+    planner = start(timeout=1.0)
+    assert isinstance(ask(planner), PlanReply)
+    os.kill(planner.pid, signal.SIGSTOP)
+    planner.submit(2, np.repeat(LOAD, 50_000, axis=0), PLACEMENT)
+    assert "gave no answer" in fault_of(wait_for(planner.poll)).cause
+    assert isinstance(ask(planner, 3), PlanReply)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGCONT, signal.SIGPIPE])
+def test_harmless_signals_do_not_disturb_the_planner(start, number: int) -> None:
+    planner = start()
+    assert isinstance(ask(planner), PlanReply)
+    pid = planner.pid
+    os.kill(pid, number)
+    assert isinstance(ask(planner, 2), PlanReply)
+    assert planner.pid == pid
+
+
+def test_closing_ends_a_stopped_planner(start) -> None:
+    planner = start()
+    child = psutil.Process(planner.pid)
+    child.suspend()
+    planner.close()
+    assert not child.is_running()
+
+
+# -- stand-ins that answer garbage ----------------------------------------------------------------
+
+STAND_IN = f"""
+import os, socket, sys, time
+sys.path.insert(0, {str(Path(torch_eplb.__file__).parent.parent)!r})
+import numpy as np
+from torch_eplb.planning.frames import *
+from torch_eplb.planning.messages import *
+from torch_eplb.planning.worker import answer
+sock = socket.socket(fileno=int(sys.argv[1]))
+reader = FrameReader(sock, Kind)
+def send(frame): sock.sendall(b"".join(encode(frame)))
+def receive():
+    settings = PlannerSettings.from_frame(reader.read())
+    return settings, Request.from_frame(reader.read())
+def reply(**changes):
+    frame = answer(*receive()).to_frame()
+    fields = {{k: changes.get(k, v) for k, v in frame.fields.items()}}
+    arrays = {{k: changes.get(k, v) for k, v in frame.arrays.items()}}
+    send(Frame(frame.kind, fields, {{k: v for k, v in arrays.items() if v is not None}}))
+ready = lambda: send(Frame(Kind.READY, {{}}))
+"""
+STAY = "\ntime.sleep(1000)"
+
+
+def stand_in(source: str) -> Callable[[int], list[str]]:
+    return lambda fd: [sys.executable, "-c", STAND_IN + textwrap.dedent(source) + STAY, str(fd)]
+
+
+@pytest.mark.parametrize(
+    ("source", "cause"),
+    [
+        ("sock.sendall(b'HTTP/1.1 400 Bad Request' * 10)", "no frame starts with"),
+        ("ready(); receive(); sock.sendall(os.urandom(1 << 20))", "no frame starts with"),
+        ("send(Frame(Kind.READY, {}, {'a': np.zeros(9)}))", "a body of 72 bytes (limit 0)"),
+        ("send(Frame(Kind.REPLY, {}))", "kind 4 does not belong here"),
+        ("ready(); receive(); ready()", "kind 2 does not belong here"),
+        ("ready(); receive(); send(Frame(Kind.REPLY, {}))", "an answer to request None, not to 1"),
+        ("ready(); reply(request_id=2)", "an answer to request 2, not to 1"),
+        ("ready(); reply(request_id=True)", "an answer to request True, not to 1"),
+        ("ready(); reply(plan_seconds='1')", "plan_seconds '1' is not a duration"),
+        ("ready(); reply(plan_seconds=-1.0)", "plan_seconds -1.0 is not a duration"),
+        ("ready(); reply(split=np.zeros(1 << 20))", "(limit "),
+        ("ready(); reply(split=None)", "an answer without split"),
+        (
+            "ready(); reply(split=np.zeros((2, 4, 2), int))",
+            "split must be <f8 of the shape [2, 4, 2]",
+        ),
+        ("ready(); reply(split=np.full((2, 4, 2), np.nan))", "answer refused: "),
+        ("ready(); reply(split=np.full((2, 4, 2), 1e300))", "answer refused: "),
+        ("ready(); reply(predicted_par=np.zeros(3))", "predicted_par must be"),
+        ("ready(); reply(predicted_par=np.full(2, np.nan))", "answer refused: "),
+        ("ready(); reply(placement=np.zeros((2, 4, 3), 'i4'))", "placement must be <i4"),
+        ("ready(); reply(placement=np.zeros((2, 4, 2), 'i4'))", "expert 1 has no slot"),
+        (
+            "ready(); reply(placement=np.full((2, 4, 2), 1 << 30, 'i4'))",
+            "is not one of the 6 experts",
+        ),
+        ("ready(); reply(placement=np.full((2, 4, 2), -1, 'i4'))", "is not one of the 6 experts"),
+        ("ready(); reply(schedule=np.arange(99))", "not a schedule"),
+        ("ready(); reply(schedule=np.zeros((3, 3), int))", "a schedule must be a 1-D"),
+        ("ready(); reply(schedule=np.array([0x65706C62, 1 << 62]))", "answer refused: "),
+        ("receive(); os.close(sock.fileno())", "planner process closed its channel"),
+        ("print('bad luck'); sys.exit(4)", "exited with status 4: bad luck"),
+        ("raise ImportError('no numpy here')", "exited with status 1: ImportError: no numpy here"),
+        ("os.kill(os.getpid(), 9)", "was killed by SIGKILL"),
+        ("pass", "planner process did not get ready within 3 s"),
+        ("ready()", "planner process gave no answer within 3 s"),
+    ],
+)
+def test_garbage_from_the_planner_is_a_fault_and_never_an_exception(
+    start, source: str, cause: str
+) -> None:
+    planner = start(timeout=3.0, _command=stand_in(source))
+    pid = planner.pid
+    fault = fault_of(ask(planner, 1))
+    assert cause in fault.cause
+    assert fault.request_id == 1
+    assert planner.pid is None
+    wait_for(lambda: is_gone(pid))
+    planner._command = None  # the next one is a real one
+    assert isinstance(ask(planner, 2), PlanReply)
+    assert planner.restarts == 1
+
+
+def test_an_unasked_answer_is_a_fault_that_concerns_no_request(start) -> None:
+    source = "ready(); send(Frame(Kind.ERROR, {'request_id': 1, 'cause': 'x'}))"
+    planner = start(_command=stand_in(source))
+    fault = fault_of(wait_for(planner.poll))
+    assert fault == PlannerFault(None, "answer refused: a frame of kind 5 does not belong here")
+
+
+def test_a_cause_cannot_write_to_the_terminal_or_flood_the_log(start) -> None:
+    text = "'\\x1b]0;owned\\x07\\r\\n' + 'x' * 50_000"
+    source = f"ready(); receive(); send(Frame(Kind.ERROR, {{'request_id': 1, 'cause': {text}}}))"
+    fault = fault_of(ask(start(_command=stand_in(source))))
+    assert fault.cause.startswith("]0;owned xxx")
+
+
+def test_a_planner_that_cannot_be_started_is_a_fault_of_every_attempt(start) -> None:
+    planner = start(_command=lambda fd: ["/nonexistent/python", str(fd)])
+    assert "could not be started" in fault_of(wait_for(planner.poll)).cause
+    for request_id in range(3):
+        fault = fault_of(ask(planner, request_id))
+        assert fault.request_id == request_id
+        assert "could not be started" in fault.cause
+    assert planner.restarts >= 3
+    planner._command = None
+    assert isinstance(ask(planner, 9), PlanReply)
+
+
+def test_the_pause_before_a_restart_grows_with_each_fault_and_shrinks_after_a_plan(start) -> None:
+    planner = start(_command=lambda fd: ["/nonexistent/python", str(fd)])
+    for _ in range(3):
+        fault_of(wait_for(planner.poll))
+    assert planner._failures == 3
+    planner._command = None
+    assert isinstance(ask(planner, 9), PlanReply)
+    assert planner._failures == 0
+
+
+def test_answers_with_flipped_bytes_are_faults_or_harmless(start) -> None:
+    flip = """
+        import random
+        chance = random.Random(time.time_ns())
+        ready()
+        raw = bytearray(b"".join(encode(answer(*receive()).to_frame())))
+        for _ in range(chance.choice([1, 1, 3, 30])):
+            raw[chance.randrange(len(raw))] = chance.randrange(256)
+        sock.sendall(raw)
+    """
+    planner = start(timeout=1.0, _command=stand_in(flip))
+    outcomes = set()
+    for request_id in range(12):
+        planner._failures = 0
+        answered = ask(planner, request_id)
+        outcomes.add(type(answered))
+        if isinstance(answered, PlanReply):
+            assert answered.schedule.placements()[-1:] in ([], [answered.plan.placement])
+    assert PlannerFault in outcomes
+
+
+REQUEST = Request(1, LOAD, PLACEMENT)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_no_array_that_a_planner_may_send_gets_past_the_check_unless_it_is_a_plan(data) -> None:
+    honest = worker.answer(settings_for(), REQUEST)
+    assert isinstance(honest, PlanReply), honest
+    frame = honest.to_frame()
+    name = data.draw(st.sampled_from(sorted(frame.arrays)))
+    array = np.array(frame.arrays[name])
+    if data.draw(st.booleans()):
+        array = array.astype(data.draw(st.sampled_from(DTYPES)))
+    number = st.integers(-(1 << 62), 1 << 62) | st.integers(-2, 9)
+    if array.dtype.kind == "f":
+        number = st.floats() | st.floats(-2, 2)
+    for _ in range(data.draw(st.integers(1, 3))):
+        if array.size:
+            with np.errstate(over="ignore"), contextlib.suppress(OverflowError, ValueError):
+                array.flat[data.draw(st.integers(0, array.size - 1))] = data.draw(number)
+    if data.draw(st.booleans()):
+        array = array.reshape(-1)[: data.draw(st.integers(0, array.size))]
+    changed = Frame(frame.kind, frame.fields, {**frame.arrays, name: array})
+    try:
+        accepted = check_reply(changed, REQUEST, settings_for())
+    except Exception:
+        return  # whatever it is, it is a refusal: `ProcessHost` is the border
+    assert isinstance(accepted, PlanReply)
+    plan = accepted.plan
+    assert np.isfinite(plan.split).all()
+    assert np.isfinite(plan.predicted_par).all()
+    assert accepted.schedule.target == plan.placement
+
+
+# -- the server's end -----------------------------------------------------------------------------
+
+SERVER = """
+import os, signal, sys, threading, time
+import numpy as np
+from torch_eplb.placement import Placement
+from torch_eplb.planning.plan import Topology
+from torch_eplb.planning.process import Planner, PlannerSettings
+import {module} as policies
+
+def serve():
+    global planner
+    policy = {policy}
+    planner = Planner(PlannerSettings(policy, {{}}, Topology(2), (8,), 8))
+    while not planner._host._ready:
+        planner.poll()
+        time.sleep(0.002)
+    if callable(policy):
+        planner.submit(1, np.ones((1, 1, 4)), Placement.initial(1, 4, 2, 2))
+        while planner._host._writer.pending:
+            planner.poll()
+{then}
+"""
+
+
+@contextlib.contextmanager
+def server(tmp_path: Path, policies: Any, policy: str, then: str) -> Iterator[subprocess.Popen]:
+    """A program in a session of its own that prints its planner's process id."""
+    source = SERVER.format(module=policies.__name__, policy=policy, then=textwrap.dedent(then))
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    program = subprocess.Popen(
+        [sys.executable, "-c", source],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)]),
+            "TMPDIR": str(temporary),
+            "OMP_NUM_THREADS": "1",
+        },
+    )
+    with program:
+        try:
+            yield program
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(program.pid, signal.SIGKILL)
+    assert list(temporary.iterdir()) == []
+
+
+MAIN = "serve(); print(planner.pid, flush=True); time.sleep(1000)"
+THREAD = """
+thread = threading.Thread(target=serve)
+thread.start()
+thread.join()
+print(planner.pid, flush=True)
+time.sleep(1000)
+"""
+FORKED = """
+serve()
+child = os.fork()
+if child == 0:
+    time.sleep(1000)
+print(planner.pid, flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize(
+    ("policy", "then"),
+    [
+        ("'static'", MAIN),
+        ("policies.once_loop", MAIN),
+        ("policies.once_hold_the_gil", MAIN),
+        ("policies.once_stop", MAIN),
+        ("'static'", THREAD),
+        ("policies.once_loop", THREAD),
+        ("'static'", FORKED),
+    ],
+)
+def test_the_planner_is_gone_within_two_seconds_of_its_servers_end(
+    tmp_path: Path, policies: Any, policy: str, then: str
+) -> None:
+    with server(tmp_path, policies, policy, then) as program:
+        pid = int(program.stdout.readline())
+        planner = psutil.Process(pid)
+        assert planner.open_files() == []
+        assert not any(entry.path.startswith("/dev/shm") for entry in planner.memory_maps())
+        os.kill(program.pid, signal.SIGKILL)
+        wait_for(lambda: is_gone(pid), limit=2.0)
+        if then is not FORKED:  # whose child holds the pipe
+            assert program.stderr.read() == ""
+
+
+CATCH = """
+try:
+    serve()
+    print(planner.pid, flush=True)
+    time.sleep(1000)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+@pytest.mark.parametrize("policy", ["'static'", "policies.once_loop"])
+def test_a_ctrl_c_gives_no_word_from_the_planner(
+    tmp_path: Path, policies: Any, policy: str
+) -> None:
+    with server(tmp_path, policies, policy, CATCH) as program:
+        pid = int(program.stdout.readline())
+        os.killpg(program.pid, signal.SIGINT)
+        printed, errors = program.communicate(timeout=20)
+        assert (printed, errors) == ("interrupted\n", "")
+        wait_for(lambda: is_gone(pid), limit=2.0)
+
+
+def test_a_ctrl_c_that_the_server_survives_does_not_end_the_planner(
+    tmp_path: Path, policies: Any
+) -> None:
+    then = """
+        signal.signal(signal.SIGINT, lambda *_: print("interrupted", flush=True))
+        serve()
+        print(planner.pid, flush=True)
+        time.sleep(1000)
+    """
+    with server(tmp_path, policies, "'static'", then) as program:
+        pid = int(program.stdout.readline())
+        os.killpg(program.pid, signal.SIGINT)
+        assert program.stdout.readline() == "interrupted\n"
+        assert not is_gone(pid)
+
+
+def test_a_sigterm_to_the_group_ends_both_without_a_word(tmp_path: Path, policies: Any) -> None:
+    with server(tmp_path, policies, "policies.once_loop", MAIN) as program:
+        pid = int(program.stdout.readline())
+        os.killpg(program.pid, signal.SIGTERM)
+        assert program.communicate(timeout=20) == ("", "")
+        assert program.returncode == -signal.SIGTERM
+        wait_for(lambda: is_gone(pid), limit=2.0)

@@ -1,0 +1,8 @@
+"""``python -m torch_eplb``: see `torch_eplb.cli`."""
+
+import sys
+
+from torch_eplb.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

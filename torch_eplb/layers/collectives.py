@@ -1,0 +1,110 @@
+"""The collectives that bring tokens to experts and back, differentiable and with a time limit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from torch_eplb.comm import Planes, all_gather_single, wait_for
+
+__all__ = ["all_gather_counts", "exchange_counts", "exchange_rows", "share_input", "sum_output"]
+
+
+def exchange_counts(counts_RS: torch.Tensor, planes: Planes) -> torch.Tensor:
+    """Row ``r`` goes to rank ``r``; the answer's row ``r`` came from rank ``r``."""
+    received = torch.empty_like(counts_RS)
+    work = dist.all_to_all_single(received, counts_RS, group=planes.group, async_op=True)
+    wait_for(work, planes, "the dispatch of tokens")
+    return received
+
+
+def all_gather_counts(counts_E: torch.Tensor, planes: Planes) -> torch.Tensor:
+    """``[E]`` of every rank as ``[R, E]``."""
+    gathered = counts_E.new_empty(planes.num_ranks * counts_E.numel())
+    work = all_gather_single(gathered, counts_E, group=planes.group, async_op=True)
+    wait_for(work, planes, "the dispatch of tokens")
+    return gathered.view(planes.num_ranks, -1)
+
+
+def _all_to_all(
+    rows: torch.Tensor, send: list[int], receive: list[int], planes: Planes
+) -> torch.Tensor:
+    received = rows.new_empty((sum(receive), *rows.shape[1:]))
+    if planes.fake:
+        # The fake backend moves nothing between ranks: what others would send stays zero (memory
+        # that nobody wrote may hold NaN), what this rank sends to itself arrives.
+        here, own = planes.rank, min(send[planes.rank], receive[planes.rank])
+        received.zero_()
+        first, start = sum(receive[:here]), sum(send[:here])
+        received[first : first + own] = rows[start : start + own]
+        return received
+    work = dist.all_to_all_single(
+        received, rows.contiguous(), receive, send, group=planes.group, async_op=True
+    )
+    wait_for(work, planes, "the dispatch of tokens")
+    return received
+
+
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, send: list[int], receive: list[int], planes: Planes
+    ) -> torch.Tensor:
+        ctx.send, ctx.receive, ctx.planes = send, receive, planes
+        return _all_to_all(rows, send, receive, planes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return _all_to_all(grad, ctx.receive, ctx.send, ctx.planes), None, None, None
+
+
+def exchange_rows(
+    rows: torch.Tensor, send: list[int], receive: list[int], planes: Planes
+) -> torch.Tensor:
+    """Send ``send[r]`` rows to rank ``r``, in order; ``receive[r]`` rows come from it."""
+    return _ExchangeRows.apply(rows, send, receive, planes)
+
+
+class _ShareInput(torch.autograd.Function):
+    """Every rank reads the same value; its gradient is the sum over what the ranks did with it."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, planes: Planes) -> torch.Tensor:
+        ctx.planes = planes
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.planes.group)
+        return grad, None
+
+
+class _SumOutput(torch.autograd.Function):
+    """Sum of the ranks' partial outputs; every rank goes on with the same sum."""
+
+    @staticmethod
+    def forward(ctx: Any, partial: torch.Tensor, planes: Planes) -> torch.Tensor:
+        total = partial.contiguous().clone()
+        if torch.compiler.is_compiling():
+            dist.all_reduce(total, group=planes.group)
+        else:
+            work = dist.all_reduce(total, group=planes.group, async_op=True)
+            wait_for(work, planes, "the sum of the ranks' outputs")
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
+def share_input(value: torch.Tensor, planes: Planes) -> torch.Tensor:
+    """Identity forwards, all-reduce backwards."""
+    return _ShareInput.apply(value, planes)
+
+
+def sum_output(partial: torch.Tensor, planes: Planes) -> torch.Tensor:
+    """All-reduce forwards, identity backwards."""
+    return _SumOutput.apply(partial, planes)

@@ -1,0 +1,325 @@
+"""The hooks of one MoE layer: count, choose replicas, bring tokens to experts and back.
+
+One class per way of bringing tokens to experts, all with the same two hooks. A worked example of
+`AllToAll` with 2 ranks of 3 slots, 4 experts, placement ``[[0, 1, 2], [3, 0, 1]]`` (so physical
+experts 0..5 hold 0 1 2 | 3 0 1), top-1::
+
+    rank 0 has tokens a b c for experts 0 0 3 and rank 1 has tokens d e for experts 0 2
+    choose a replica:   a -> 0, b -> 4, c -> 3          d -> 4, e -> 2       (physical experts)
+    send in slot order: a to rank 0, c b to rank 1      e to rank 0, d to rank 1
+    rank 0 computes     a in slot 0, e in slot 2;       rank 1: c in slot 0, b and d in slot 1
+    results travel back the same way, are put in the callers' order, weighted and summed over K.
+
+Shape suffixes: T tokens, K choices per token, N = T * K, H hidden, E logical experts, R ranks,
+S slots per rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from torch_eplb.comm import Planes
+from torch_eplb.layers.collectives import (
+    all_gather_counts,
+    exchange_counts,
+    exchange_rows,
+    share_input,
+    sum_output,
+)
+from torch_eplb.layers.experts import ExpertLayer
+from torch_eplb.routing import (
+    LoadCounters,
+    RoutingTables,
+    choose_from_table,
+    choose_locally,
+    count_hits,
+    plan_dispatch,
+)
+
+_Hook = TypeVar("_Hook", bound=Callable[..., Any])
+
+
+def _outside_graphs(hook: _Hook) -> _Hook:
+    """Run eagerly: sizes that depend on the data must reach the host, so graphs break here.
+
+    The mark that ``torch.compiler.disable`` sets, without its import of the compiler (seconds).
+    """
+    hook._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return hook
+
+
+__all__ = ["Dispatch", "RoutingState", "make_dispatch"]
+
+
+@dataclass
+class RoutingState:
+    """What the hooks of all layers share.
+
+    Attributes:
+        planes: the process groups.
+        tables: routing tables of all layers, updated in place.
+        counters: load counters of all layers, updated in place.
+        replica_choice: see `torch_eplb.Config`.
+    """
+
+    planes: Planes
+    tables: RoutingTables
+    counters: LoadCounters
+    replica_choice: str
+    num_slots: int
+
+
+class Dispatch:
+    """Hooks on one experts module. Subclasses say how tokens travel."""
+
+    def __init__(self, layer: ExpertLayer, index: int, state: RoutingState) -> None:
+        self.layer = layer
+        self.index = index
+        self.state = state
+        self._handles = [
+            layer.module.register_forward_pre_hook(self.before, with_kwargs=True),
+            layer.module.register_forward_hook(self.after),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off the module."""
+        for handle in self._handles:
+            handle.remove()
+
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        raise NotImplementedError
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        raise NotImplementedError
+
+    def _read(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hidden states ``[T, H]``, logical ids ``[T, K]`` and weights ``[T, K]``."""
+        spec, arguments = self.layer.spec, self.layer.arguments
+        hidden = arguments.get(spec.hidden_states, args, kwargs)
+        ids = arguments.get(spec.expert_ids, args, kwargs)
+        weights = arguments.get(spec.expert_weights, args, kwargs)
+        return hidden.flatten(0, -2), ids.flatten(0, -2), weights.flatten(0, -2)
+
+    def _replace(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        spec = self.layer.spec
+        values = {spec.hidden_states: hidden, spec.expert_ids: ids}
+        if spec.expert_weights is not None:
+            values[spec.expert_weights] = weights
+        return self.layer.arguments.replace(args, kwargs, values)
+
+    def _choose(self, ids_TK: torch.Tensor) -> torch.Tensor:
+        """Physical ids ``[T, K]`` from this rank's own tokens; counts them."""
+        state, tables = self.state, self.state.tables
+        num_ranks = state.planes.num_ranks
+        hits_E = count_hits(ids_TK, self.layer.num_experts)
+        if tables.choice_LEP is not None:
+            physical_TK = choose_from_table(ids_TK, tables.choice_LEP[self.index])
+        else:
+            physical_TK = choose_locally(
+                ids_TK, hits_E, tables.slots_LEM[self.index], num_ranks, state.num_slots
+            )
+        sent_R = count_hits(physical_TK // state.num_slots, num_ranks)
+        state.counters.add(self.index, hits_E, sent_R)
+        return physical_TK
+
+
+class AllToAll(Dispatch):
+    """Every rank has its own tokens; each (token, choice) travels to the rank of its slot.
+
+    One row per choice makes every row the work of exactly one expert, so any module's forward can
+    compute them, and the weighted sum over K happens at home in a fixed order.
+    """
+
+    def __init__(self, layer: ExpertLayer, index: int, state: RoutingState) -> None:
+        super().__init__(layer, index, state)
+        self._trip: _Trip | None = None
+
+    @_outside_graphs
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        hidden_TH, ids_TK, weights_TK = self._read(args, kwargs)
+        with torch.no_grad():
+            order_N, send_RS, receive_RS = self._route(ids_TK)
+            sizes = torch.stack((send_RS.sum(1), receive_RS.sum(1))).tolist()
+            num_received = sum(sizes[1])
+            slots = torch.arange(self.state.num_slots, device=ids_TK.device)
+            local_ids = torch.repeat_interleave(
+                slots.repeat(self.state.planes.num_ranks),
+                receive_RS.reshape(-1),
+                output_size=num_received,
+            )
+        shape = self.layer.arguments.get(self.layer.spec.hidden_states, args, kwargs).shape
+        rows = hidden_TH.index_select(0, order_N // ids_TK.shape[1])
+        rows = exchange_rows(rows, sizes[0], sizes[1], self.state.planes)
+        padded = num_received == 0
+        if padded:
+            # Not every experts module takes an empty batch. The zero row also keeps this rank in
+            # the autograd graph, whose backward is a collective.
+            rows = torch.cat((rows, rows.new_zeros(1, rows.shape[1])))
+            local_ids = local_ids.new_zeros(1)
+        self._trip = _Trip(order_N, sizes, weights_TK, shape, padded)
+        ones = weights_TK.new_ones(rows.shape[0], 1)
+        return self._replace(args, kwargs, rows, local_ids.view(-1, 1), ones)
+
+    def _route(self, ids_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The order in which choices are sent, and how many go to and come for every slot."""
+        state, planes, tables = self.state, self.state.planes, self.state.tables
+        if state.replica_choice == "batch":
+            hits_E = count_hits(ids_TK, self.layer.num_experts)
+            order_N, send_RS, receive_RS = plan_dispatch(
+                ids_TK,
+                all_gather_counts(hits_E, planes),
+                planes.rank,
+                tables.slots_LEM[self.index],
+                planes.num_ranks,
+                state.num_slots,
+                tables.topology.ranks_per_node,
+            )
+            state.counters.add(self.index, hits_E, send_RS.sum(1))
+            return order_N, send_RS, receive_RS
+        physical_N = self._choose(ids_TK).view(-1)
+        send_RS = count_hits(physical_N, planes.num_ranks * state.num_slots)
+        send_RS = send_RS.view(planes.num_ranks, state.num_slots)
+        order_N = torch.argsort(physical_N, stable=True)
+        return order_N, send_RS, exchange_counts(send_RS, planes)
+
+    @_outside_graphs
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        trip, self._trip = self._trip, None
+        if trip is None:
+            raise RuntimeError(f"layer {self.layer.name} returned without having been entered")
+        if trip.padded:
+            output = output[:0] + 0.0 * output.sum()
+        rows = exchange_rows(output, trip.sizes[1], trip.sizes[0], self.state.planes)
+        back_N = torch.empty_like(trip.order_N)
+        back_N[trip.order_N] = torch.arange(len(back_N), device=back_N.device)
+        results_TKH = rows.index_select(0, back_N).view(*trip.weights_TK.shape, rows.shape[-1])
+        summed = (results_TKH * trip.weights_TK.unsqueeze(-1)).sum(1)
+        return summed.to(output.dtype).view(*trip.shape[:-1], rows.shape[-1])
+
+
+@dataclass
+class _Trip:
+    """What `AllToAll` keeps from the way there for the way back."""
+
+    order_N: torch.Tensor
+    sizes: list[list[int]]
+    weights_TK: torch.Tensor
+    shape: torch.Size
+    padded: bool
+
+
+class AllReduce(Dispatch):
+    """Ranks share the tokens; each computes the choices that fell on its slots.
+
+    The choice of replica is the same function of the token on every rank: a rank-dependent one
+    would count an expert twice, or never.
+    """
+
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        planes, num_slots = self.state.planes, self.state.num_slots
+        spec, arguments = self.layer.spec, self.layer.arguments
+        ids = arguments.get(spec.expert_ids, args, kwargs)
+        physical = self._choose(ids.flatten(0, -2)).view(ids.shape)
+        local = physical - planes.rank * num_slots
+        foreign = (local < 0) | (local >= num_slots)
+        weights = share_input(arguments.get(spec.expert_weights, args, kwargs), planes)
+        hidden = share_input(arguments.get(spec.hidden_states, args, kwargs), planes)
+        return self._replace(
+            args,
+            kwargs,
+            hidden,
+            local.masked_fill(foreign, num_slots),
+            weights.masked_fill(foreign, 0.0),
+        )
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        return sum_output(output, self.state.planes)
+
+
+class CompactAllReduce(AllReduce):
+    """The same for modules that know no sentinel: only the local choices are computed.
+
+    Their number depends on the data, so it must reach the host, and graphs break here.
+    """
+
+    def __init__(self, layer: ExpertLayer, index: int, state: RoutingState) -> None:
+        super().__init__(layer, index, state)
+        self._trip: tuple[torch.Tensor, torch.Size] | None = None
+
+    @_outside_graphs
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        planes, num_slots = self.state.planes, self.state.num_slots
+        hidden_TH, ids_TK, weights_TK = self._read(args, kwargs)
+        shape = self.layer.arguments.get(self.layer.spec.hidden_states, args, kwargs).shape
+        local_N = (self._choose(ids_TK) - planes.rank * num_slots).view(-1)
+        chosen = ((local_N >= 0) & (local_N < num_slots)).nonzero().view(-1)
+        weights_N = share_input(weights_TK, planes).reshape(-1)
+        local_N = local_N[chosen]
+        if chosen.numel() == 0:
+            # One row of weight zero: not every module takes an empty batch.
+            chosen, local_N = chosen.new_zeros(1), local_N.new_zeros(1)
+            weights_N = weights_N * 0.0
+        tokens = chosen // ids_TK.shape[1]
+        self._trip = (tokens, shape)
+        rows = share_input(hidden_TH, planes).index_select(0, tokens)
+        weights = weights_N[chosen].view(-1, 1)
+        return self._replace(args, kwargs, rows, local_N.view(-1, 1), weights)
+
+    @_outside_graphs
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        trip, self._trip = self._trip, None
+        if trip is None:
+            raise RuntimeError(f"layer {self.layer.name} returned without having been entered")
+        tokens, shape = trip
+        summed = output.new_zeros((shape[:-1].numel(), output.shape[-1]))
+        summed = summed.index_add(0, tokens, output)
+        return sum_output(summed, self.state.planes).view(*shape[:-1], output.shape[-1])
+
+
+class External(Dispatch):
+    """The layer dispatches by itself: logical ids are exchanged for physical ids, nothing else."""
+
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        spec, arguments = self.layer.spec, self.layer.arguments
+        ids = arguments.get(spec.expert_ids, args, kwargs)
+        physical = self._choose(ids.flatten(0, -2)).view(ids.shape).to(ids.dtype)
+        return arguments.replace(args, kwargs, {spec.expert_ids: physical})
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return output
+
+
+def make_dispatch(layer: ExpertLayer, index: int, state: RoutingState, dispatch: str) -> Dispatch:
+    """Install the hooks of one layer for ``dispatch`` ("all_to_all", "all_reduce", "external")."""
+    if dispatch == "external":
+        return External(layer, index, state)
+    layer.compute_locally(state.num_slots)
+    if dispatch == "all_to_all":
+        return AllToAll(layer, index, state)
+    if layer.spec.skips_sentinel:
+        return AllReduce(layer, index, state)
+    return CompactAllReduce(layer, index, state)

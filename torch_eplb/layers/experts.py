@@ -1,0 +1,214 @@
+"""Finding a model's MoE layers, sharding their experts over ranks, and giving them back.
+
+After `ExpertLayer.shard`, every expert-indexed tensor of the layer has one entry per local slot:
+
+    logical [8, ...]  ->  rank 0 of 2, slots (0, 1, 2, 3, 0): [5, ...]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_eplb.layers.spec import BoundArguments, LayerSpec, find_spec
+
+__all__ = ["ExpertLayer", "byte_view", "find_layers"]
+
+
+class ExpertLayer:
+    """One MoE layer of a wrapped model.
+
+    Attributes:
+        name: the experts module's name in the model.
+        module: the experts module.
+        num_experts: logical experts E.
+        tensor_names: dotted names, relative to the module, of the tensors indexed by expert.
+    """
+
+    def __init__(self, name: str, module: nn.Module, spec: LayerSpec) -> None:
+        self.name = name
+        self.module = module
+        self.spec = spec
+        self.num_experts: int = getattr(module, spec.num_experts)
+        self.arguments = BoundArguments(spec, type(module).forward)
+        self.tensor_names = _expert_tensor_names(self)
+        self._expert_parallel = getattr(module, "_is_expert_parallel", None)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The live tensors ``[local slots, ...]``, in the order of ``tensor_names``."""
+        return [_get_tensor(self.module, name) for name in self.tensor_names]
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert over all its tensors."""
+        return sum(t[0].numel() * t.element_size() for t in self.tensors())
+
+    def slot_bytes(self, slot: int) -> list[torch.Tensor]:
+        """The memory of one slot: a flat uint8 view per tensor."""
+        return [byte_view(tensor[slot]) for tensor in self.tensors()]
+
+    def layout(self) -> list[str]:
+        """Dtype, shape and strides of one expert's tensors, for comparing ranks."""
+        return [
+            f"{name}:{t.dtype}:{tuple(t.shape[1:])}:{t.stride()[1:]}"
+            for name, t in zip(self.tensor_names, self.tensors(), strict=True)
+        ]
+
+    def shard(self, experts: Sequence[int]) -> None:
+        """Keep only the given logical experts, one per local slot, and free the others."""
+        index = torch.tensor(list(experts), dtype=torch.int64)
+        for name in self.tensor_names:
+            _set_tensor(self.module, name, lambda full: _select(full, index))
+
+    def compute_locally(self, num_slots: int) -> None:
+        """Make the module's forward one over local slots; without this, ids stay global.
+
+        Layers that dispatch by themselves are left as they are.
+        """
+        setattr(self.module, self.spec.num_experts, num_slots)
+        if self._expert_parallel is not None:
+            # transformers' implementations skip sentinel ids only when told so.
+            self.module._is_expert_parallel = True
+
+    def restore(self, full: Sequence[torch.Tensor]) -> None:
+        """Put full tensors ``[experts, ...]`` back and forget that the layer was sharded."""
+        for name, tensor in zip(self.tensor_names, full, strict=True):
+            _set_tensor(self.module, name, lambda _, tensor=tensor: tensor)
+        setattr(self.module, self.spec.num_experts, self.num_experts)
+        if self._expert_parallel is not None:
+            self.module._is_expert_parallel = self._expert_parallel
+
+
+def find_layers(model: nn.Module) -> list[ExpertLayer]:
+    """The MoE layers of a model, in the order of its modules.
+
+    Raises:
+        ValueError: there is none, or their numbers of experts differ.
+    """
+    layers = []
+    for name, module in model.named_modules():
+        spec = find_spec(module)
+        if spec is not None:
+            layers.append(ExpertLayer(name, module, spec))
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no MoE layer that is recognised: wanted is a module with "
+            "an int attribute num_experts, tensors whose dim 0 is the expert, and "
+            "forward(hidden_states, top_k_index, top_k_weights). Describe another kind of layer "
+            "with torch_eplb.register_layer(cls, ...)"
+        )
+    counts = {layer.num_experts for layer in layers}
+    if len(counts) > 1:
+        listing = ", ".join(f"{layer.name}: {layer.num_experts}" for layer in layers)
+        raise ValueError(
+            f"all MoE layers must have the same number of experts, got {listing}. Wrap the parts "
+            "of the model that agree separately"
+        )
+    return layers
+
+
+def byte_view(tensor: torch.Tensor) -> torch.Tensor:
+    """A flat uint8 view of a tensor's memory, in the order of its strides.
+
+    >>> byte_view(torch.zeros(2, 3, dtype=torch.float16).t()).shape
+    torch.Size([12])
+
+    Raises:
+        ValueError: the tensor has gaps or overlaps, so its bytes cannot be moved in one piece.
+    """
+    tensor = tensor.detach()
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    dense = tensor.permute(order)
+    if not dense.is_contiguous():
+        raise ValueError(
+            f"an expert's tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} is "
+            "not dense in memory; make it contiguous before wrapping"
+        )
+    return dense.reshape(-1).view(torch.uint8)
+
+
+def _expert_tensor_names(layer: ExpertLayer) -> list[str]:
+    """Names of the tensors indexed by expert, checked."""
+    module, spec, where = layer.module, layer.spec, layer.name or type(layer.module).__name__
+    found = dict(_named_tensors(module))
+    if spec.tensors is not None:
+        missing = [name for name in spec.tensors if name not in found]
+        if missing:
+            raise ValueError(
+                f"layer {where} has no tensor {missing[0]!r}; it has {', '.join(found)}"
+            )
+        names = list(spec.tensors)
+    else:
+        names = [
+            name
+            for name, tensor in found.items()
+            if tensor.dim() and tensor.shape[0] == layer.num_experts and not _in_norm(module, name)
+        ]
+        if not names:
+            shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in found.items())
+            raise ValueError(
+                f"layer {where} says it has {layer.num_experts} experts, but no tensor has so "
+                f"many entries on dim 0 ({shapes or 'it has no tensors'}). If it is sharded "
+                'already, use dispatch="external" and name its tensors with '
+                "torch_eplb.register_layer"
+            )
+    for name in names:
+        tensor = found[name]
+        if type(tensor) not in (torch.Tensor, nn.Parameter):
+            raise ValueError(
+                f"layer {where}: {name} is a {type(tensor).__name__}; experts must be plain "
+                "tensors (convert a DTensor with .to_local(), unpack a quantised subclass)"
+            )
+        if not tensor.is_meta:
+            byte_view(tensor[0])
+    return names
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _in_norm(module: nn.Module, name: str) -> bool:
+    """Whether a tensor belongs to a norm inside the experts module, shared by all experts.
+
+    Its length is the hidden size, which may equal the number of experts by chance.
+    """
+    path, _, _ = name.rpartition(".")
+    return bool(path) and "norm" in type(module.get_submodule(path)).__name__.lower()
+
+
+def _get_tensor(module: nn.Module, name: str) -> torch.Tensor:
+    path, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(path), leaf)
+
+
+def _set_tensor(module: nn.Module, name: str, change: Any) -> None:
+    """Replace a parameter or buffer by ``change(present)``; its kind and grad flag stay."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    present = getattr(owner, leaf)
+    # Experts are written in place later: they must not be born as inference tensors.
+    with torch.inference_mode(False), torch.no_grad():
+        value = change(present)
+        if isinstance(present, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=present.requires_grad)
+    setattr(owner, leaf, value)
+
+
+def _select(full: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``full[index]`` with the strides that each entry of ``full`` has."""
+    shape = (len(index), *full.shape[1:])
+    if full.dim() < 2 or full[0].is_contiguous():
+        result = torch.empty(shape, dtype=full.dtype, device=full.device)
+    else:
+        stride = (full[0].numel(), *full.stride()[1:])
+        result = torch.empty_strided(shape, stride, dtype=full.dtype, device=full.device)
+    if not full.is_meta:
+        # Byte-sized floats and packed integers have no index_select on every device; slots do.
+        for slot, expert in enumerate(index.tolist()):
+            result[slot].copy_(full[expert])
+    return result

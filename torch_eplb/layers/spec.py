@@ -1,0 +1,159 @@
+"""What an MoE layer is to us: an experts module, its forward's arguments, its expert tensors.
+
+An experts module is called with the router's choice, ``(hidden_states [T, H], expert ids [T, K],
+expert weights [T, K])``, and holds tensors whose dim 0 is the expert. That is the experts class of
+some 65 architectures in transformers 5, recognised by its signature, without importing it. Other
+classes are told with `register_layer`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["BoundArguments", "LayerSpec", "find_spec", "register_layer"]
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """How to read and to call one class of experts modules.
+
+    Attributes:
+        hidden_states, expert_ids, expert_weights: names of forward's arguments; ``expert_weights``
+            is None where forward takes none (``dispatch="external"`` only).
+        num_experts: name of the attribute that holds the number of logical experts.
+        tensors: names of the tensors indexed by expert on dim 0, or None for every parameter and
+            buffer of the module whose dim 0 has ``num_experts`` entries.
+        skips_sentinel: forward ignores choices whose id equals the number of local experts, so that
+            ``dispatch="all_reduce"`` can mark foreign choices without changing any shape.
+    """
+
+    hidden_states: str
+    expert_ids: str
+    expert_weights: str | None
+    num_experts: str = "num_experts"
+    tensors: tuple[str, ...] | None = None
+    skips_sentinel: bool = False
+
+
+# transformers' experts classes, by the names of forward's first three arguments.
+_KNOWN = (
+    ("hidden_states", "top_k_index", "top_k_weights"),
+    ("hidden_states", "router_indices", "routing_weights"),
+)
+# Only classes are kept, and weakly: a registry must not keep models alive.
+_registry: weakref.WeakKeyDictionary[type[nn.Module], LayerSpec] = weakref.WeakKeyDictionary()
+
+
+def register_layer(
+    cls: type[nn.Module],
+    *,
+    hidden_states: str = "hidden_states",
+    expert_ids: str = "top_k_index",
+    expert_weights: str | None = "top_k_weights",
+    num_experts: str = "num_experts",
+    tensors: Sequence[str] | None = None,
+    skips_sentinel: bool = False,
+) -> None:
+    """Tell `torch_eplb.wrap` how to balance experts modules of class ``cls`` (and subclasses).
+
+    Args:
+        cls: the module that holds the experts and whose forward gets the router's choice.
+        hidden_states: forward's argument of shape ``[..., H]``, one row per token.
+        expert_ids: forward's argument of shape ``[..., K]``, integer logical expert ids.
+        expert_weights: forward's argument of shape ``[..., K]``, or None if forward has none. The
+            output must be linear in it: a token's output is the sum over its choices of weight
+            times expert output.
+        num_experts: attribute of the module that holds the number of logical experts E. It is set
+            to the number of local slots while the model is wrapped.
+        tensors: names (dotted, relative to the module) of the parameters and buffers that are
+            indexed by expert on dim 0; None takes all whose dim 0 has E entries.
+        skips_sentinel: forward ignores choices with id == ``module.num_experts``.
+
+    Raises:
+        TypeError: ``cls`` is no nn.Module class.
+        ValueError: its forward has no argument of a given name.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"cls must be a class derived from torch.nn.Module, got {cls!r}")
+    known = list(inspect.signature(cls.forward).parameters)[1:]
+    for role, name in (
+        ("hidden_states", hidden_states),
+        ("expert_ids", expert_ids),
+        ("expert_weights", expert_weights),
+    ):
+        if name is not None and name not in known:
+            raise ValueError(
+                f"{role}={name!r}: {cls.__name__}.forward has no such argument, it has "
+                f"{', '.join(known)}"
+            )
+    _registry[cls] = LayerSpec(
+        hidden_states,
+        expert_ids,
+        expert_weights,
+        num_experts,
+        tuple(tensors) if tensors is not None else None,
+        skips_sentinel,
+    )
+
+
+def find_spec(module: nn.Module) -> LayerSpec | None:
+    """The spec of an experts module, or None if it is none."""
+    for cls in type(module).__mro__:
+        if cls in _registry:
+            return _registry[cls]
+    names = tuple(inspect.signature(type(module).forward).parameters)[1:4]
+    if names not in _KNOWN or not isinstance(getattr(module, "num_experts", None), int):
+        return None
+    # Experts that take part in transformers' own expert parallelism skip the id past the last
+    # local expert, all but the loop of the gpt-oss class.
+    implementation = getattr(getattr(module, "config", None), "_experts_implementation", "eager")
+    skips = hasattr(module, "_is_expert_parallel") and (
+        names[1] == "top_k_index" or implementation not in ("eager", None)
+    )
+    return LayerSpec(*names, skips_sentinel=skips)
+
+
+class BoundArguments:
+    """Reads and replaces forward's arguments, wherever the caller put them."""
+
+    def __init__(self, spec: LayerSpec, forward: Callable[..., Any]) -> None:
+        self.spec = spec
+        names = list(inspect.signature(forward).parameters)
+        if names and names[0] == "self":
+            names = names[1:]
+        self._positions = {name: i for i, name in enumerate(names)}
+
+    def get(self, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """The argument called ``name``.
+
+        Raises:
+            TypeError: the caller passed none.
+        """
+        if name is not None:
+            if name in kwargs:
+                return kwargs[name]
+            position = self._positions[name]
+            if position < len(args):
+                return args[position]
+        raise TypeError(f"an experts module was called without its argument {name!r}")
+
+    def replace(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], values: dict[str, torch.Tensor]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """``args`` and ``kwargs`` with the named arguments exchanged."""
+        new_args = list(args)
+        new_kwargs = dict(kwargs)
+        for name, value in values.items():
+            position = self._positions[name]
+            if name not in kwargs and position < len(new_args):
+                new_args[position] = value
+            else:
+                new_kwargs[name] = value
+        return tuple(new_args), new_kwargs

@@ -1,0 +1,52 @@
+"""What a user sees of a wrapped model: `Stats`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Stats"]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """State and totals of one rank since wrapping. Same on all ranks unless said otherwise.
+
+    Attributes:
+        step: forwards made.
+        stage: what the rebalance cycle is doing, in words.
+        rebalances: plans that were carried out, those included that only changed the split.
+        placement_version: rounds committed; changes whenever an expert has moved.
+        experts_moved: transfers of one expert in one layer.
+        par_measured: per layer, PAR over the last collection window; NaN before the first one.
+        par_predicted: per layer, PAR that the last plan expected; NaN before the first one.
+        bytes_sent, bytes_received: expert weights that this rank moved (per rank).
+        staging_bytes: size of the staging pool.
+        staging_bytes_peak: most of it that a round used (per rank).
+        plan_seconds: time spent planning, in the planner.
+        hook_seconds: time this rank's host spent at step boundaries: counting windows, agreement,
+            transfers, commits. The layers' own dispatch is not in it (per rank).
+        plans_failed: cycles that ended without a usable plan; the log says why.
+        planner_restarts: how often the planner was started again (rank 0's).
+        rebalances_abandoned: rebalances given up because a checksum did not match.
+        stalled: why nothing has progressed for long, or None.
+        disabled: why balancing is off for good, or None.
+    """
+
+    step: int
+    stage: str
+    rebalances: int
+    placement_version: int
+    experts_moved: int
+    par_measured: list[float]
+    par_predicted: list[float]
+    bytes_sent: int
+    bytes_received: int
+    staging_bytes: int
+    staging_bytes_peak: int
+    plan_seconds: float
+    hook_seconds: float
+    plans_failed: int
+    planner_restarts: int
+    rebalances_abandoned: int
+    stalled: str | None
+    disabled: str | None

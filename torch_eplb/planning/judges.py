@@ -1,0 +1,117 @@
+"""How policy "flow" rates a placement of one layer, and what a change of it would bring.
+
+A judge turns a placement into *pressures* ``[P, samples]``; the highest of a sample's pressures is
+its PAR. Every pressure is linear in the load: ``weights [P, experts] @ load``, and an expert's
+weights depend only on the ranks that hold it. So a change that touches two experts changes two
+columns of the weights, and rating it needs no new solution of the split.
+
+* `EvenJudge`: fixed even shares. P is the ranks; weight = 1 / replicas on the ranks that hold it.
+* `CutJudge`: every sample gets its best split. By the duality of flows and cuts a sample's PAR is
+  the highest load per rank over all *sets* of ranks, where a set is loaded by the experts whose
+  replicas all lie within it. P is a pool of such sets: weight = 1 / (ranks in the set) if the set
+  encloses the expert. With few ranks the pool holds all sets; else those that a solved split
+  has shown to be tight are added as the search goes (cutting planes; Kelley 1960).
+
+Loads are in units of the mean rank load here, so a pressure of 1 is perfect balance.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["CutJudge", "EvenJudge", "Judge", "all_sets"]
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+
+class Judge(Protocol):
+    """What the search asks of a judge. ``held`` is ``[experts, ranks]`` 0 or 1."""
+
+    def weights(self, held: Floats) -> Floats:
+        """``[n, P]``: the weights of experts that sit on the ranks ``held [n, ranks]``."""
+        ...
+
+    def slopes(
+        self, held: Floats, load: Floats, pressed: Ints, slots: Ints, ranks: Ints
+    ) -> tuple[Floats, Floats, Floats]:
+        """How much the sum over samples of the ``pressed`` pressures would fall.
+
+        Args:
+            held: ``[experts, ranks]``.
+            load: ``[samples, experts]``, only samples that matter.
+            pressed: ``[samples]``, each one's highest pressure.
+            slots, ranks: ``[J]``, expert and rank of each slot.
+
+        Returns:
+            add ``[experts, R]``, if the expert also sat on the rank; remove ``[J]``, if the slot
+            lost its expert (minus infinity for the last replica); move ``[J, R]``, if the slot's
+            expert sat on the rank instead.
+        """
+        ...
+
+
+class EvenJudge:
+    """Pressures of ranks under the even split."""
+
+    def weights(self, held: Floats) -> Floats:
+        return held / np.maximum(held.sum(axis=1, keepdims=True), 1.0)
+
+    def slopes(
+        self, held: Floats, load: Floats, pressed: Ints, slots: Ints, ranks: Ints
+    ) -> tuple[Floats, Floats, Floats]:
+        hot = np.zeros((len(pressed), held.shape[1]))
+        hot[np.arange(len(pressed)), pressed] = 1.0
+        heat = load.T @ hot  # [experts, R]: the expert's tokens in samples where the rank is hot
+        count = held.sum(axis=1)
+        own = (held * heat).sum(axis=1)
+        add = (own / (count * (count + 1)))[:, None] - heat / (count + 1)[:, None]
+        mine, many = heat[slots, ranks], count[slots]
+        rest = (own[slots] - mine) / np.where(many > 1, many * (many - 1), 1.0)
+        remove = np.where(many > 1, mine / many - rest, -np.inf)
+        move = (mine[:, None] - heat[slots]) / many[:, None]
+        return add, remove, move
+
+
+class CutJudge:
+    """Pressures of sets of ranks when every sample is split as well as can be.
+
+    Args:
+        sets: ``[P, ranks]`` bool, none empty.
+    """
+
+    def __init__(self, sets: Bools) -> None:
+        self.sets = sets
+        self.away = (~sets).astype(np.float64)  # [P, R]: the rank is outside of the set
+        self.scale = 1.0 / sets.sum(axis=1)
+
+    def with_sets(self, sets: Bools) -> CutJudge:
+        """A judge that knows ``sets`` as well."""
+        return CutJudge(np.unique(np.concatenate((self.sets, sets)), axis=0))
+
+    def weights(self, held: Floats) -> Floats:
+        return (held @ self.away.T == 0) * self.scale
+
+    def slopes(
+        self, held: Floats, load: Floats, pressed: Ints, slots: Ints, ranks: Ints
+    ) -> tuple[Floats, Floats, Floats]:
+        away = self.away[pressed]  # [samples, R]
+        scaled = load.T * self.scale[pressed]  # [experts, samples]
+        beyond = held @ away.T  # [experts, samples]: replicas outside of the sample's set
+        add = (scaled * (beyond == 0)) @ away
+        # A slot whose expert has no other replica outside: [J, samples].
+        pivot = scaled[slots] * ((beyond[slots] == 1) & (away.T[ranks] == 1))
+        several = held.sum(axis=1)[slots] > 1
+        remove = np.where(several, -pivot.sum(axis=1), -np.inf)
+        move = add[slots] - pivot @ (1.0 - away)
+        return add, remove, move
+
+
+def all_sets(num_ranks: int) -> Bools:
+    """``[2^R - 1, R]``: every set of ranks but the empty one."""
+    index = np.arange(1, 2**num_ranks)
+    return (index[:, None] >> np.arange(num_ranks) & 1).astype(bool)
