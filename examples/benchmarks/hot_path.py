@@ -136,6 +136,7 @@ def compare_routing(
     popularity = rng.lognormal(0, 0.8, num_experts)
     tables = layer_tables(popularity, ranks, redundant, device)
     slots_EM, per_rank = tables.slots_LEM[0], tables.num_slots
+    host_slots_EM = tables.host_slots_LEM[0]
     assert tables.choice_LEP is not None  # "table" makes it
     choice_EP = tables.choice_LEP[0]
     replicas_E = (slots_EM >= 0).sum(1)
@@ -166,7 +167,7 @@ def compare_routing(
 
     def batch() -> object:
         count_hits(ids_TK, num_experts)
-        return plan_dispatch(ids_TK, counts_RE, 0, slots_EM, ranks, per_rank)
+        return plan_dispatch(ids_TK, counts_RE, 0, host_slots_EM, ranks, per_rank)
 
     calls: dict[str, Callable[[], object]] = {
         "plain": plain,

@@ -142,7 +142,7 @@ def test_random_bytes_are_refused_and_nothing_else_happens(garbage: bytes) -> No
             reader.read()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(frames, st.lists(st.tuples(st.integers(0, 1 << 30), st.integers(0, 255)), min_size=1))
 def test_a_damaged_frame_is_a_frame_an_error_or_incomplete(frame: Frame, damage) -> None:
     stream = bytearray(b"".join(bytes(piece) for piece in encode(frame)))

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torch_eplb.routing import count_hits, interval_counts, plan_dispatch, solve_quotas
-from torch_eplb.routing.intervals import _plan_device
 
 RANKS, SLOTS, EXPERTS, TOP_K = 4, 4, 11, 2
 
@@ -105,19 +104,3 @@ def test_tokens_stay_on_their_rank_and_node_as_far_as_quotas_allow() -> None:
         [0, 0, 10, 10],
         [0, 0, 0, 0],
     ]
-
-
-@BATCHES
-@settings(max_examples=40, deadline=None)
-def test_the_torch_path_plans_what_the_numpy_path_plans(
-    seed: int, sizes: list[int], ranks_per_node: int | None
-) -> None:
-    slots_EM = random_layer(seed)
-    batches = random_batches(seed, sizes)
-    counts_RE = torch.stack([count_hits(ids, EXPERTS) for ids in batches])
-    groups = (ranks_per_node, RANKS) if ranks_per_node else (RANKS,)
-    for rank, ids in enumerate(batches):
-        host = plan_dispatch(ids, counts_RE, rank, slots_EM, RANKS, SLOTS, ranks_per_node)
-        device = _plan_device(ids.view(-1), counts_RE, rank, slots_EM, SLOTS, groups)
-        for a, b in zip(device, host, strict=True):
-            assert torch.equal(a, b)

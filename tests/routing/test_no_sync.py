@@ -15,7 +15,6 @@ from torch_eplb.routing import (
     choose_from_table,
     choose_locally,
     count_hits,
-    plan_dispatch,
     solve_quotas,
 )
 from torch_eplb.routing.quotas import solve_quotas_device
@@ -50,9 +49,6 @@ def test_nothing_reads_a_tensors_values_on_the_host(tables: RoutingTables, token
     assert choose_by_quota(ids, quotas, slots).shape == ids.shape
     assert choose_by_quota(ids, quotas, slots, torch.zeros_like(hits)).shape == ids.shape
     assert choose_locally(ids, hits, slots, RANKS, SLOTS).shape == ids.shape
-    plan = plan_dispatch(ids, hits.expand(RANKS, -1), 1, slots, RANKS, SLOTS, ranks_per_node=2)
-    assert plan.order_N.shape == (tokens * TOP_K,)
-    assert plan.send_RS.shape == plan.receive_RS.shape == (RANKS, SLOTS)
 
 
 Route = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -80,7 +76,7 @@ def test_counting_and_choosing_compile_to_one_graph(tables: RoutingTables, choic
 
 
 def test_the_device_solver_compiles_to_one_graph(tables: RoutingTables) -> None:
-    compiled = torch.compile(solve_quotas_device, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(solve_quotas_device, backend="eager", fullgraph=True)
     counts = torch.arange(EXPERTS) ** 3
     slots = tables.slots_LEM[0]
     expected = solve_quotas_device(counts, slots, RANKS, SLOTS)

@@ -12,6 +12,7 @@ from torch_eplb.placement import Placement
 from torch_eplb.planning.deepseek import place
 from torch_eplb.planning.judges import CutJudge, EvenJudge, all_sets
 from torch_eplb.planning.search import Search
+from torch_eplb.planning.split import Replicas, _solve_batches, tightest_cuts
 from torch_eplb.planning.plan import Topology
 
 __all__ = ["Knobs", "plan"]
@@ -51,9 +52,11 @@ class Knobs:
         return cls(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 
-SPREAD = 1.0
-ROUNDS = 8
+SPREAD = {"batch": 2.0, "local": 3.0, "table": 1.5, "even": 1.5}
+ROUNDS = 4
 STEPS = 64
+TOLERANCE = 1e-3
+_SMALL = 8
 
 
 def plan(
@@ -63,18 +66,77 @@ def plan(
     replica_choice: str,
     knobs: Knobs,
 ) -> Placement:
-    x = widen(units(load, current.num_ranks), SPREAD)
-    experts = np.array(current.experts)
-    sets = all_sets(current.num_ranks)
-    for layer in range(len(experts)):
-        search = Search(
-            experts[layer], x[:, layer], None, knobs.min_gain,
-            np.inf if knobs.max_moves is None else knobs.max_moves,
-        )  # fmt: skip
-        judge = CutJudge(sets) if replica_choice in ("batch", "local") else EvenJudge()
+    x = widen(units(load, current.num_ranks), SPREAD[replica_choice])
+    if replica_choice in ("even", "table"):
+        return _plan_even(x, current, knobs)
+    return _plan_batch(x, current, knobs)
+
+
+def _searches(x, current, knobs):
+    most = np.inf if knobs.max_moves is None else knobs.max_moves
+    return [
+        Search(current.experts[layer], x[:, layer], None, knobs.min_gain, most)
+        for layer in range(current.num_layers)
+    ]
+
+
+def _plan_even(x, current, knobs):
+    judge = EvenJudge()
+    searches = _searches(x, current, knobs)
+    for search in searches:
         search.run(judge, knobs.target_par, STEPS)
-        experts[layer] = search.experts(current.num_slots)
-    return Placement(experts, current.num_experts)
+    return Placement(np.stack([s.experts(current.num_slots) for s in searches]), current.num_experts)
+
+
+TIMES = {}
+import time
+def _plan_batch(x, current, knobs):
+    ranks = current.num_ranks
+    searches = _searches(x, current, knobs)
+    small = ranks <= _SMALL
+    base = all_sets(ranks) if small else np.eye(ranks, dtype=bool)
+    judges = [CutJudge(base) for _ in searches]
+    experts = np.array(current.experts)
+    best = np.array(experts)
+    best_net = np.full(len(experts), np.inf)
+    live = np.arange(len(experts))
+    believed = np.zeros(len(experts))
+    for turn in range(ROUNDS + 1):
+        t=time.time()
+        value, cuts = _exact(x[:, live], Placement(experts[live], current.num_experts))
+        TIMES[turn,'exact']=time.time()-t
+        t=time.time()
+        go_on = []
+        for index, layer in enumerate(live):
+            search = searches[layer]
+            net = value[index] + knobs.min_gain * search.moved
+            if net < best_net[layer]:
+                best_net[layer] = net
+                best[layer] = experts[layer]
+            if value[index] <= knobs.target_par or turn == ROUNDS:
+                continue
+            if turn and value[index] - believed[layer] < TOLERANCE:
+                continue
+            go_on.append(layer)
+            if not small:
+                judges[layer] = judges[layer].with_sets(cuts[index])
+            believed[layer] = search.run(judges[layer], knobs.target_par, STEPS)
+            experts[layer] = search.experts(current.num_slots)
+        TIMES[turn,'search']=time.time()-t, len(live), value.mean(), np.mean([len(j.sets) for j in judges])
+        live = np.array(go_on, dtype=int)
+        if not len(live):
+            break
+    return Placement(best, current.num_experts)
+
+
+def _exact(x, placement):
+    layout = Replicas.of(placement)
+    load = np.ascontiguousarray(x.transpose(1, 2, 0))
+    loads, _ = _solve_batches(load, layout)
+    _, size, place = tightest_cuts(loads, layout.fixed_loads(load), layout.replicated(load), layout)
+    value = np.maximum(loads.max(axis=1), 1.0).mean(axis=1)
+    cuts = [np.unique((place[l] < size[l]).T, axis=0) for l in range(len(place))]
+    return value, cuts
 
 
 def units(load, num_ranks):

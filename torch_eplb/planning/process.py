@@ -223,6 +223,7 @@ class Planner:
         self._running = None
         if isinstance(answered, PlanReply):
             self._failures = 0
+            self._reap()
         self._hand_over()
         if superseded:
             return None
@@ -245,7 +246,8 @@ class Planner:
         return PlannerFault(None if lost is None else lost.request_id, cause)
 
     def _reap(self) -> None:
-        self._left[:] = [host for host in self._left if not host.gone(0.0)]
+        present = self._host
+        self._left[:] = [host for host in self._left if host is present or not host.gone(0.0)]
 
     def _poll_in_fork(self) -> PlannerFault | None:
         lost, self._waiting = self._waiting, None

@@ -1,18 +1,23 @@
 """The hot path on the device: counting hits, and from logical to physical ids.
 
 `tables` keeps what the placement says; `choose` reads it per batch; `quotas` balances a batch;
-`intervals` turns quotas into what each rank sends and receives; `load` counts.
+`intervals` turns quotas into what each rank sends and receives; `load` keeps the counters.
 Knows no policy and starts no communication.
 """
 
-from torch_eplb.routing.choose import choose_by_quota, choose_from_table, count_hits
+from torch_eplb.routing.choose import (
+    choose_by_quota,
+    choose_from_table,
+    count_hits,
+    order_by_id,
+)
 from torch_eplb.routing.intervals import (
     DispatchPlan,
     choose_locally,
     interval_counts,
     plan_dispatch,
 )
-from torch_eplb.routing.load import LoadCounters
+from torch_eplb.routing.load import LoadCounters, SampleWindow
 from torch_eplb.routing.quotas import solve_quotas
 from torch_eplb.routing.tables import REPLICA_CHOICES, RoutingTables
 
@@ -21,30 +26,13 @@ __all__ = [
     "DispatchPlan",
     "LoadCounters",
     "RoutingTables",
-    "choose_by_quota",
-    "choose_from_table",
-    "choose_locally",
-    "count_hits",
-    "interval_counts",
-    "plan_dispatch",
-    "solve_quotas",
-]
-
-from torch_eplb.routing.choose import choose_by_quota, choose_from_table, count_hits
-from torch_eplb.routing.intervals import choose_locally, interval_counts, plan_dispatch
-from torch_eplb.routing.load import LoadCounters, SampleWindow
-from torch_eplb.routing.quotas import solve_quotas
-from torch_eplb.routing.tables import RoutingTables
-
-__all__ = [
-    "LoadCounters",
-    "RoutingTables",
     "SampleWindow",
     "choose_by_quota",
     "choose_from_table",
     "choose_locally",
     "count_hits",
     "interval_counts",
+    "order_by_id",
     "plan_dispatch",
     "solve_quotas",
 ]

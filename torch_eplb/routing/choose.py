@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torch_eplb.routing.host import on_host, stable_order
 
-__all__ = ["choose_by_quota", "choose_from_table", "count_hits"]
+__all__ = ["choose_by_quota", "choose_from_table", "count_hits", "order_by_id"]
 
 
 def count_hits(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
@@ -103,12 +103,29 @@ def choose_by_quota(
             slots_EM.numpy().reshape(-1), quotas_EM.numpy().reshape(-1)
         )
         return torch.from_numpy(chosen).view(topk_ids_TK.shape)
-    order_N = torch.sort(ids_N, stable=True).indices
+    order_N = order_by_id(ids_N)
     # In the order of experts, replicas' intervals follow one another: no search per token.
     slots_N = torch.repeat_interleave(
         slots_EM.reshape(-1), quotas_EM.reshape(-1), output_size=ids_N.shape[0]
     )
     return torch.empty_like(ids_N).scatter_(0, order_N, slots_N).view(topk_ids_TK.shape)
+
+
+def order_by_id(ids_N: Tensor) -> Tensor:
+    """Positions in ascending order of id, equal ids in their order: what a dispatch sends by.
+
+    Args:
+        ids_N: int64 ``[N]``, at least 0.
+
+    Returns:
+        int64 ``[N]``.
+
+    >>> order_by_id(torch.tensor([2, 0, 2, 1])).tolist()
+    [1, 3, 0, 2]
+    """
+    if on_host(ids_N):
+        return torch.from_numpy(stable_order(ids_N.numpy()))
+    return torch.sort(ids_N, stable=True).indices
 
 
 def _own_quotas(quotas_EM: Tensor, offset_E: Tensor, counts_E: Tensor) -> Tensor:

@@ -6,22 +6,22 @@ is what the one sends to the other. Before that, the same is done within each ra
 each node: tokens travel only where nearer replicas have no quota left. All in integers, so every
 rank finds the same answer from the same counts, and needs no further message.
 
-The counts and quotas of an expert are one column each, by rank ("dense"): `RoutingTables` keeps at
-most one live replica of an expert per rank. Suffixes are those of `torch_eplb.routing.tables`.
+The counts and the quotas of an expert are one column each, by rank: `RoutingTables` keeps at most
+one live replica of an expert per rank. Suffixes are those of `torch_eplb.routing.tables`, and X
+counts replicated experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torch_eplb.routing.choose import choose_by_quota
-from torch_eplb.routing.host import on_host, stable_order
+from torch_eplb.routing.choose import choose_by_quota, order_by_id
 from torch_eplb.routing.quotas import solve_quotas, solve_quotas_host
 
 __all__ = ["DispatchPlan", "choose_locally", "interval_counts", "plan_dispatch"]
@@ -31,10 +31,10 @@ class DispatchPlan(NamedTuple):
     """What the all-to-all dispatch of one batch needs.
 
     Attributes:
-        order_N: int64, flat positions (token * K + choice) in the order of sending: by
-            destination rank, then slot, then position.
-        send_RS: int64, choices that this rank sends to each slot of each rank.
-        receive_RS: int64, choices that this rank's slots receive from each source rank.
+        order_N: int64 on the device of the ids, flat positions (token * K + choice) in the order of
+            sending: by destination rank, then slot, then position.
+        send_RS: int64 on the host, choices that this rank sends to each slot of each rank.
+        receive_RS: int64 on the host, choices that this rank's slots receive from each source.
     """
 
     order_N: Tensor
@@ -81,12 +81,16 @@ def plan_dispatch(
 ) -> DispatchPlan:
     """Balance the batch of all ranks exactly, and say what this rank sends and receives.
 
+    Sizes are computed on the host, which needs them anyway to post the exchange: reading the
+    counts is the only host sync, and the quotas take less time there than on a device.
+
     Args:
         topk_ids_TK: int64 ``[tokens, top-k]``, this rank's logical ids.
         counts_RE: int64 ``[ranks, experts]``, every rank's `count_hits`; row ``source`` is that of
             ``topk_ids_TK``. The same on all ranks, or they will wait for rows that never come.
         source: this rank.
-        slots_EM: int64 ``[experts, M]``, physical ids padded with -1, one per rank.
+        slots_EM: int64 ``[experts, M]``, physical ids padded with -1, one per rank; on the host
+            (`RoutingTables.host_slots_LEM` of a layer), or it costs another sync.
         num_ranks: R.
         slots_per_rank: S.
         ranks_per_node: ranks on each node, to keep tokens on their node; None if all are on one.
@@ -103,18 +107,20 @@ def plan_dispatch(
     >>> plan.order_N.tolist()
     [0, 1, 2, 3]
     """
-    groups = (ranks_per_node, num_ranks) if ranks_per_node else (num_ranks,)
-    if on_host(topk_ids_TK):
-        return _plan_host(
-            topk_ids_TK.reshape(-1).long().numpy(),
-            counts_RE.numpy(),
-            source,
-            slots_EM.numpy(),
-            slots_per_rank,
-            groups,
-        )
-    return _plan_device(
-        topk_ids_TK.reshape(-1).long(), counts_RE, source, slots_EM, slots_per_rank, groups
+    counts, slots = counts_RE.cpu().numpy(), slots_EM.cpu().numpy()
+    quotas = solve_quotas_host(counts.sum(0), slots, num_ranks, slots_per_rank)
+    groups = _groups(num_ranks, ranks_per_node)
+    sent, shift, received = _sizes(counts, quotas, source, slots, slots_per_rank, groups)
+    ids_N = topk_ids_TK.reshape(-1).long()
+    # Rows sorted by expert hold what goes to one slot in one piece: the shift says where.
+    pieces = torch.from_numpy(np.stack((shift, sent))).to(ids_N.device, non_blocking=True)
+    begin_N = torch.repeat_interleave(pieces[0], pieces[1], output_size=ids_N.shape[0])
+    begin_N += torch.arange(ids_N.shape[0], device=ids_N.device)
+    order_N = order_by_id(ids_N).gather(0, begin_N)
+    return DispatchPlan(
+        order_N,
+        torch.from_numpy(sent.reshape(num_ranks, slots_per_rank)),
+        torch.from_numpy(received),
     )
 
 
@@ -146,124 +152,42 @@ def interval_counts(
     >>> interval_counts(counts, torch.tensor([[2, 2], [1, 0], [1, 0]]), slots, 2, 2).tolist()
     [[1, 0, 1, 0], [1, 1, 0, 2]]
     """
-    groups = (ranks_per_node, num_ranks) if ranks_per_node else (num_ranks,)
-    quotas_RE = _dense(quotas_EM, slots_EM, num_ranks, slots_per_rank)
-    experts_RS = _experts_of_slots(slots_EM, num_ranks, slots_per_rank)
-    none = counts_RE.new_zeros(num_ranks, 1)
-    rows = []
-    for source in range(num_ranks):
-        send_RE, _ = _match(torch, counts_RE, quotas_RE, source, groups)
-        rows.append(torch.cat((send_RE, none), 1).gather(1, experts_RS).reshape(-1))
-    return torch.stack(rows)
+    groups = _groups(num_ranks, ranks_per_node)
+    arrays = counts_RE.cpu().numpy(), quotas_EM.cpu().numpy()
+    slots = slots_EM.cpu().numpy()
+    rows = [
+        _sizes(*arrays, source, slots, slots_per_rank, groups)[0] for source in range(num_ranks)
+    ]
+    return torch.from_numpy(np.stack(rows))
 
 
-def _dense(quotas_EM: Tensor, slots_EM: Tensor, num_ranks: int, slots_per_rank: int) -> Tensor:
-    """Quotas by rank, ``[R, E]``; padding lands in an extra row."""
-    ranks_ME = torch.where(slots_EM >= 0, slots_EM // slots_per_rank, num_ranks).t()
-    result = quotas_EM.new_zeros(num_ranks + 1, quotas_EM.shape[0])
-    return result.scatter_(0, ranks_ME, quotas_EM.t())[:num_ranks]
+def _groups(num_ranks: int, ranks_per_node: int | None) -> tuple[int, ...]:
+    """Ranks in each group of near ranks, ascending; the last is all of them."""
+    if ranks_per_node is None or ranks_per_node >= num_ranks:
+        return (num_ranks,)
+    return (ranks_per_node, num_ranks)
 
 
-def _experts_of_slots(slots_EM: Tensor, num_ranks: int, slots_per_rank: int) -> Tensor:
-    """The logical expert of every slot, ``[R, S]``; E where a slot gets no tokens."""
-    num_experts, most = slots_EM.shape
-    physical = num_ranks * slots_per_rank
-    experts = torch.arange(num_experts, device=slots_EM.device).unsqueeze(1).expand(-1, most)
-    result = slots_EM.new_full((physical + 1,), num_experts)
-    index = torch.where(slots_EM >= 0, slots_EM, physical)
-    result.scatter_(0, index.reshape(-1), experts.reshape(-1))
-    return result[:physical].view(num_ranks, slots_per_rank)
-
-
-def _match(
-    xp: Any, counts_RE: Any, quotas_RE: Any, source: int, groups: Sequence[int]
-) -> tuple[Any, Any]:
-    """What ``source`` sends to each rank, and receives from each rank, per expert: two ``[R, E]``.
-
-    Args:
-        xp: ``torch`` or ``numpy``, whose arrays the others are.
-        counts_RE: choices of every source rank.
-        quotas_RE: what every rank's replica shall get; columns sum to those of ``counts_RE``.
-        source: this rank.
-        groups: ranks in each group of near ranks, ascending; the last is all of them.
-    """
-    num_ranks, num_experts = counts_RE.shape
-    kept_RE = xp.minimum(counts_RE, quotas_RE)
-    send_RE, receive_RE = xp.zeros_like(counts_RE), xp.zeros_like(counts_RE)
-    send_RE[source] = kept_RE[source]
-    receive_RE[source] = kept_RE[source]
-    counts, quotas = counts_RE - kept_RE, quotas_RE - kept_RE
-    for size in groups:
-        shape = (num_ranks // size, size, num_experts)
-        counts_GE, quotas_GE = counts.reshape(shape), quotas.reshape(shape)
-        counts_end, quotas_end = counts_GE.cumsum(1), quotas_GE.cumsum(1)
-        counts_begin, quotas_begin = counts_end - counts_GE, quotas_end - quotas_GE
-        group, member = source // size, source % size
-        peers = slice(group * size, group * size + size)
-        begin = xp.maximum(counts_begin[group, member], quotas_begin[group])
-        overlap = xp.minimum(counts_end[group, member], quotas_end[group]) - begin
-        send_RE[peers] += overlap * (overlap > 0)
-        begin = xp.maximum(counts_begin[group], quotas_begin[group, member])
-        overlap = xp.minimum(counts_end[group], quotas_end[group, member]) - begin
-        receive_RE[peers] += overlap * (overlap > 0)
-        if size < num_ranks:
-            # Both lines are used up from their beginning to where the shorter one ends.
-            met = xp.minimum(counts_end[:, -1:], quotas_end[:, -1:])
-            for left, ends, begins in (
-                (counts, counts_end, counts_begin),
-                (quotas, quotas_end, quotas_begin),
-            ):
-                left -= (xp.minimum(ends, met) - xp.minimum(begins, met)).reshape(left.shape)
-    return send_RE, receive_RE
-
-
-def _plan_device(
-    ids_N: Tensor,
-    counts_RE: Tensor,
-    source: int,
-    slots_EM: Tensor,
-    slots_per_rank: int,
-    groups: Sequence[int],
-) -> DispatchPlan:
-    """`plan_dispatch` in torch operations, without a host sync."""
-    num_ranks = counts_RE.shape[0]
-    counts_E = counts_RE.sum(0)
-    quotas_EM = solve_quotas(counts_E, slots_EM, num_ranks, slots_per_rank)
-    quotas_RE = _dense(quotas_EM, slots_EM, num_ranks, slots_per_rank)
-    send_RE, receive_RE = _match(torch, counts_RE, quotas_RE, source, groups)
-    experts_RS = _experts_of_slots(slots_EM, num_ranks, slots_per_rank)
-    none = counts_E.new_zeros(num_ranks, 1)  # column E: slots without a live replica
-    send_RS = torch.cat((send_RE, none), 1).gather(1, experts_RS)
-    receive_RS = torch.cat((receive_RE, none), 1)[:, experts_RS[source]]
-
-    # Rows sorted by expert hold each (expert, replica) in one piece, replicas ascending. Sending
-    # takes the pieces in the order of slots: a piece's shift is where it starts minus where it
-    # will start.
-    by_expert_N = torch.sort(ids_N, stable=True).indices
-    pieces_ER = send_RE.t().reshape(-1)
-    starts_ER = (pieces_ER.cumsum(0) - pieces_ER).view(-1, num_ranks)
-    starts_RE = torch.cat((starts_ER.t(), none), 1)
-    sizes = send_RS.reshape(-1)
-    shift = starts_RE.gather(1, experts_RS).reshape(-1) - (sizes.cumsum(0) - sizes)
-    count = ids_N.shape[0]
-    shift_N = torch.repeat_interleave(shift, sizes, output_size=count)
-    order_N = by_expert_N[shift_N + torch.arange(count, device=ids_N.device)]
-    return DispatchPlan(order_N, send_RS, receive_RS)
-
-
-def _plan_host(
-    ids_N: NDArray[np.int64],
+def _sizes(
     counts_RE: NDArray[np.int64],
+    quotas_EM: NDArray[np.int64],
     source: int,
     slots_EM: NDArray[np.int64],
     slots_per_rank: int,
     groups: Sequence[int],
-) -> DispatchPlan:
-    """`plan_dispatch` in numpy; intervals are computed for replicated experts only."""
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """What ``source`` sends and receives.
+
+    Returns:
+        - ``[R * S]``, choices sent to each physical expert;
+        - ``[R * S]``, for the choices of each physical expert, their position among this rank's
+          choices sorted by expert, less their position in the order of sending;
+        - ``[R, S]``, choices that the slots of ``source`` receive from each rank.
+    """
     num_ranks, num_experts = counts_RE.shape
     own_E = counts_RE[source]
     first_E = slots_EM[:, 0]
-    # By slot: what is sent to it, and where that begins among the rows sorted by expert.
+    # All by physical expert. An expert without replicas has one interval: all of its tokens.
     sent = np.zeros(num_ranks * slots_per_rank, dtype=np.int64)
     start = np.zeros_like(sent)
     sent[first_E] = own_E
@@ -271,30 +195,66 @@ def _plan_host(
     expert_of = np.full_like(sent, -1)
     expert_of[first_E] = np.arange(num_experts)
     mine_S = expert_of.reshape(num_ranks, slots_per_rank)[source]
-    receive_RS = counts_RE[:, mine_S] * (mine_S >= 0)
+    received_RS = counts_RE[:, mine_S] * (mine_S >= 0)
 
     experts_X = np.flatnonzero(slots_EM[:, 1] >= 0) if slots_EM.shape[1] > 1 else first_E[:0]
     if len(experts_X):
-        quotas_EM = solve_quotas_host(counts_RE.sum(0), slots_EM, num_ranks, slots_per_rank)
         slots_XM = slots_EM[experts_X]
         present_XM = slots_XM >= 0
         row, physical = np.nonzero(present_XM)[0], slots_XM[present_XM]
         rank = physical // slots_per_rank
         quotas_RX = np.zeros((num_ranks, len(experts_X)), dtype=np.int64)
         quotas_RX[rank, row] = quotas_EM[experts_X][present_XM]
-        send_RX, receive_RX = _match(np, counts_RE[:, experts_X], quotas_RX, source, groups)
-        sent[physical] = send_RX[rank, row]
+        sent_RX, received_RX = _match(counts_RE[:, experts_X], quotas_RX, source, groups)
+        sent[physical] = sent_RX[rank, row]
         mine = rank == source
-        receive_RS[:, physical[mine] - source * slots_per_rank] = receive_RX[:, row[mine]]
+        received_RS[:, physical[mine] - source * slots_per_rank] = received_RX[:, row[mine]]
+        # An expert's replicas take contiguous pieces of its tokens, in ascending order.
         pieces_XM = np.zeros_like(slots_XM)
         pieces_XM[present_XM] = sent[physical]
         starts_XM = start[slots_XM[:, :1]] + pieces_XM.cumsum(1) - pieces_XM
         start[physical] = starts_XM[present_XM]
+    return sent, start - (sent.cumsum() - sent), received_RS
 
-    shift = start - (sent.cumsum() - sent)
-    order_N = stable_order(ids_N)[np.repeat(shift, sent) + np.arange(len(ids_N))]
-    return DispatchPlan(
-        torch.from_numpy(order_N),
-        torch.from_numpy(sent.reshape(num_ranks, slots_per_rank)),
-        torch.from_numpy(receive_RS),
-    )
+
+def _match(
+    counts_RX: NDArray[np.int64],
+    quotas_RX: NDArray[np.int64],
+    source: int,
+    groups: Sequence[int],
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """What ``source`` sends to each rank, and receives from each rank, per expert: ``[R, X]``.
+
+    Args:
+        counts_RX: choices of every source rank.
+        quotas_RX: what every rank's replica shall get; columns sum to those of ``counts_RX``.
+        source: this rank.
+        groups: ranks in each group of near ranks, ascending; the last is all of them.
+    """
+    num_ranks, num_experts = counts_RX.shape
+    kept_RX = np.minimum(counts_RX, quotas_RX)
+    sent_RX, received_RX = np.zeros_like(counts_RX), np.zeros_like(counts_RX)
+    sent_RX[source] = received_RX[source] = kept_RX[source]
+    counts, quotas = counts_RX - kept_RX, quotas_RX - kept_RX
+    for size in groups:
+        shape = (num_ranks // size, size, num_experts)
+        counts_GX, quotas_GX = counts.reshape(shape), quotas.reshape(shape)
+        counts_end, quotas_end = counts_GX.cumsum(1), quotas_GX.cumsum(1)
+        counts_begin, quotas_begin = counts_end - counts_GX, quotas_end - quotas_GX
+        group, member = source // size, source % size
+        peers = slice(group * size, group * size + size)
+        begin = np.maximum(counts_begin[group, member], quotas_begin[group])
+        overlap = np.minimum(counts_end[group, member], quotas_end[group]) - begin
+        sent_RX[peers] += overlap * (overlap > 0)
+        begin = np.maximum(counts_begin[group], quotas_begin[group, member])
+        overlap = np.minimum(counts_end[group], quotas_end[group, member]) - begin
+        received_RX[peers] += overlap * (overlap > 0)
+        if size < num_ranks:
+            # Both lines are used up from their beginning to where the shorter one ends.
+            met = np.minimum(counts_end[:, -1:], quotas_end[:, -1:])
+            for left, ends, begins in (
+                (counts, counts_end, counts_begin),
+                (quotas, quotas_end, quotas_begin),
+            ):
+                left -= (np.minimum(ends, met) - np.minimum(begins, met)).reshape(left.shape)
+    return sent_RX, received_RX

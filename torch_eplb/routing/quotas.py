@@ -297,6 +297,11 @@ def solve_quotas_device(
         ahead = new + (new - parts) * step // (step + 3)
         parts = new
 
+    # Rounding down lost less than two tokens a replica; the lighter ranks take them.
+    replicas_X1 = present_XM.sum(1, keepdim=True)
+    place = loads_R[ranks_XM].argsort(dim=1, stable=True).argsort(dim=1)
+    lost = tokens_X1 - parts.sum(1, keepdim=True)
+    parts = parts + (lost // replicas_X1 + (place < lost % replicas_X1)) * present_XM
     loads_R = fixed_R.scatter_add(0, ranks_XM.reshape(-1), parts.reshape(-1))
     for group in range(min(_GROUPS, replicated)):
         tokens, ranks = tokens_X1[group::_GROUPS], ranks_XM[group::_GROUPS]
@@ -305,9 +310,12 @@ def solve_quotas_device(
         ordered = (_levels(tokens, floor) - floor).clamp(min=0)
         rest = tokens - ordered.sum(1, keepdim=True)
         ordered += torch.arange(most, device=rest.device) < rest
-        parts[group::_GROUPS] = torch.empty_like(old).scatter(1, order, ordered)
-        change = parts[group::_GROUPS] - old
-        loads_R = loads_R.scatter_add(0, ranks.reshape(-1), change.reshape(-1))
+        new = torch.empty_like(old).scatter(1, order, ordered)
+        changed_R = loads_R.scatter_add(0, ranks.reshape(-1), (new - old).reshape(-1))
+        # Experts of a group that share a rank may overshoot together: then nothing changes.
+        better = changed_R[:num_ranks].amax() <= loads_R[:num_ranks].amax()
+        parts[group::_GROUPS] = torch.where(better, new, old)
+        loads_R = torch.where(better, changed_R, loads_R)
     return quotas_EM.index_copy(0, rows_X, parts)
 
 

@@ -54,6 +54,7 @@ class RoutingTables:
     Attributes:
         slots_LEM: int64, the physical ids of an expert's live replicas, ascending, one per rank,
             padded with -1.
+        host_slots_LEM: the same on the host (the same tensor where ``device`` is the CPU).
         choice_LEP: int64 physical ids, or None; token number t of a batch that chose expert e goes
             to ``choice_LEP[l, e, t % P]``.
 
@@ -102,6 +103,9 @@ class RoutingTables:
         self.prefer_local = prefer_local
         layers, experts = self.num_layers, self.num_experts
         self.slots_LEM = torch.full((layers, experts, max_replicas), -1, device=device)
+        self.host_slots_LEM = self.slots_LEM
+        if self.slots_LEM.device.type != "cpu":
+            self.host_slots_LEM = torch.full((layers, experts, max_replicas), -1)
         self.choice_LEP: Tensor | None = None
         if replica_choice in ("table", "even"):
             self.choice_LEP = torch.zeros(
@@ -156,6 +160,8 @@ class RoutingTables:
             shares = self._shares(slots, None if split is None else split[chosen])
             self._write(self.choice_LEP, index, self._choices(slots, shares))
         self._write(self.slots_LEM, index, slots)
+        if self.host_slots_LEM is not self.slots_LEM:
+            self._write(self.host_slots_LEM, index.cpu(), slots)
 
     @staticmethod
     def _write(table: Tensor, index: Tensor, rows: NDArray[np.int64]) -> None:
