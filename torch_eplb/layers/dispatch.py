@@ -168,15 +168,9 @@ class AllToAll(Dispatch):
         shape = self.layer.arguments.get(self.layer.spec.hidden_states, args, kwargs).shape
         rows = hidden_TH.index_select(0, order_N // ids_TK.shape[1])
         rows = exchange_rows(rows, sizes[0], sizes[1], self.state.planes)
-        padded = num_received == 0
-        if padded:
-            # Not every experts module takes an empty batch. The zero row also keeps this rank in
-            # the autograd graph, whose backward is a collective.
-            rows = torch.cat((rows, rows.new_zeros(1, rows.shape[1])))
-            local_ids = local_ids.new_zeros(1)
-        self._trip = _Trip(order_N, sizes, weights_TK, shape, padded)
-        ones = weights_TK.new_ones(rows.shape[0], 1)
-        return self._replace(args, kwargs, rows, local_ids.view(-1, 1), ones)
+        self._trip = _Trip(order_N, sizes, weights_TK, shape)
+        ones = weights_TK.new_ones(num_received, 1)
+        return self._replace(args, kwargs, *_never_empty(rows, local_ids.view(-1, 1), ones))
 
     def _route(self, ids_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The order in which choices are sent, and how many go to and come for every slot."""
@@ -205,8 +199,7 @@ class AllToAll(Dispatch):
         trip, self._trip = self._trip, None
         if trip is None:
             raise RuntimeError(f"layer {self.layer.name} returned without having been entered")
-        if trip.padded:
-            output = output[:0] + 0.0 * output.sum()
+        output = _without_padding(output, sum(trip.sizes[1]))
         rows = exchange_rows(output, trip.sizes[1], trip.sizes[0], self.state.planes)
         back_N = torch.empty_like(trip.order_N)
         back_N[trip.order_N] = torch.arange(len(back_N), device=back_N.device)
@@ -223,7 +216,6 @@ class _Trip:
     sizes: list[list[int]]
     weights_TK: torch.Tensor
     shape: torch.Size
-    padded: bool
 
 
 class AllReduce(Dispatch):
@@ -275,17 +267,12 @@ class CompactAllReduce(AllReduce):
         shape = self.layer.arguments.get(self.layer.spec.hidden_states, args, kwargs).shape
         local_N = (self._choose(ids_TK) - planes.rank * num_slots).view(-1)
         chosen = ((local_N >= 0) & (local_N < num_slots)).nonzero().view(-1)
-        weights_N = share_input(weights_TK, planes).reshape(-1)
-        local_N = local_N[chosen]
-        if chosen.numel() == 0:
-            # One row of weight zero: not every module takes an empty batch.
-            chosen, local_N = chosen.new_zeros(1), local_N.new_zeros(1)
-            weights_N = weights_N * 0.0
         tokens = chosen // ids_TK.shape[1]
-        self._trip = (tokens, shape)
         rows = share_input(hidden_TH, planes).index_select(0, tokens)
-        weights = weights_N[chosen].view(-1, 1)
-        return self._replace(args, kwargs, rows, local_N.view(-1, 1), weights)
+        weights = share_input(weights_TK, planes).reshape(-1)[chosen].view(-1, 1)
+        rows, local_ids, weights = _never_empty(rows, local_N[chosen].view(-1, 1), weights)
+        self._trip = (tokens, shape)
+        return self._replace(args, kwargs, rows, local_ids, weights)
 
     @_outside_graphs
     def after(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
@@ -293,9 +280,29 @@ class CompactAllReduce(AllReduce):
         if trip is None:
             raise RuntimeError(f"layer {self.layer.name} returned without having been entered")
         tokens, shape = trip
+        output = _without_padding(output, len(tokens))
         summed = output.new_zeros((shape[:-1].numel(), output.shape[-1]))
         summed = summed.index_add(0, tokens, output)
         return sum_output(summed, self.state.planes).view(*shape[:-1], output.shape[-1])
+
+
+def _never_empty(
+    rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One zero row for slot 0 where there is none at all.
+
+    Not every experts module takes an empty batch. The row also keeps this rank in the autograd
+    graph, whose backward is a collective.
+    """
+    if rows.shape[0]:
+        return rows, ids, weights
+    rows = torch.cat((rows, rows.new_zeros(1, rows.shape[1])))
+    return rows, ids.new_zeros(1, 1), weights.new_zeros(1, 1) + 0.0 * weights.sum()
+
+
+def _without_padding(output: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """The other way round."""
+    return output if num_rows else output[:0] + 0.0 * output.sum()
 
 
 class External(Dispatch):

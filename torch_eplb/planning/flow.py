@@ -12,7 +12,7 @@ from torch_eplb.placement import Placement
 from torch_eplb.planning.deepseek import place
 from torch_eplb.planning.judges import CutJudge, EvenJudge, all_sets
 from torch_eplb.planning.search import Search
-from torch_eplb.planning.split import Replicas, _solve_batches, tightest_cuts
+from torch_eplb.planning.batches import Replicas, solve_batches, tightest_cuts
 from torch_eplb.planning.plan import Topology
 
 __all__ = ["Knobs", "plan"]
@@ -90,6 +90,10 @@ def _plan_even(x, current, knobs):
 
 TIMES = {}
 import time
+FIRST=16
+ITER=24
+CUTS=1
+REVERT=True
 def _plan_batch(x, current, knobs):
     ranks = current.num_ranks
     searches = _searches(x, current, knobs)
@@ -100,10 +104,12 @@ def _plan_batch(x, current, knobs):
     best = np.array(experts)
     best_net = np.full(len(experts), np.inf)
     live = np.arange(len(experts))
+    trust = np.full(len(experts), STEPS if small else FIRST)
     believed = np.zeros(len(experts))
+    trace = []
     for turn in range(ROUNDS + 1):
         t=time.time()
-        value, cuts = _exact(x[:, live], Placement(experts[live], current.num_experts))
+        value, cuts = _exact(x[:, live], Placement(experts[live], current.num_experts), ITER)
         TIMES[turn,'exact']=time.time()-t
         t=time.time()
         go_on = []
@@ -113,15 +119,19 @@ def _plan_batch(x, current, knobs):
             if net < best_net[layer]:
                 best_net[layer] = net
                 best[layer] = experts[layer]
+                if turn and not small: trust[layer] = min(trust[layer]*2, FIRST)
+            else:
+                trust[layer] = max(trust[layer]//2, 1)
+                if REVERT: search.reset(best[layer])
             if value[index] <= knobs.target_par or turn == ROUNDS:
                 continue
-            if turn and value[index] - believed[layer] < TOLERANCE:
-                continue
-            go_on.append(layer)
+            if small and turn: continue
             if not small:
                 judges[layer] = judges[layer].with_sets(cuts[index])
-            believed[layer] = search.run(judges[layer], knobs.target_par, STEPS)
+            believed[layer] = search.run(judges[layer], knobs.target_par, trust[layer])
             experts[layer] = search.experts(current.num_slots)
+            if (experts[layer]==best[layer]).all(): continue
+            go_on.append(layer)
         TIMES[turn,'search']=time.time()-t, len(live), value.mean(), np.mean([len(j.sets) for j in judges])
         live = np.array(go_on, dtype=int)
         if not len(live):
@@ -129,13 +139,17 @@ def _plan_batch(x, current, knobs):
     return Placement(best, current.num_experts)
 
 
-def _exact(x, placement):
-    layout = Replicas.of(placement)
+def _exact(x, placement, iterations=2000):
     load = np.ascontiguousarray(x.transpose(1, 2, 0))
-    loads, _ = _solve_batches(load, layout)
-    _, size, place = tightest_cuts(loads, layout.fixed_loads(load), layout.replicated(load), layout)
+    layout = Replicas.of(placement.experts, placement.num_experts)
+    loads, _ = solve_batches(load, placement.experts, iterations)
+    total = load.reshape(-1, load.shape[2])[layout.expert]
+    _, per_rank, place = tightest_cuts(loads, layout.fixed_loads(load), total, layout)
     value = np.maximum(loads.max(axis=1), 1.0).mean(axis=1)
-    cuts = [np.unique((place[l] < size[l]).T, axis=0) for l in range(len(place))]
+    cuts = []
+    top = np.argsort(-per_rank, axis=1)[:, :CUTS] + 1
+    for l in range(len(place)):
+        cuts.append(np.unique(np.concatenate([(place[l] < top[l, c]).T for c in range(top.shape[1])]), axis=0))
     return value, cuts
 
 

@@ -21,6 +21,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
+_PROMISING = 0.3
 _CANDIDATES = 32
 """Changes of each kind that are rated exactly per step."""
 
@@ -70,6 +71,11 @@ class Search:
 
     def experts(self, slots: int) -> NDArray[np.int32]:
         return self.slots.reshape(-1, slots).astype(np.int32)
+
+    def reset(self, experts: NDArray[np.int32]) -> None:
+        """Go on from another placement."""
+        self.slots = experts.reshape(-1).astype(np.int64)
+        self.held = _held(experts, self.load.shape[1])
 
     def run(self, judge: Judge, target: float, steps: int) -> float:
         """Make up to ``steps`` changes, while they pay; returns the mean PAR as judged."""
@@ -180,11 +186,9 @@ def _held(experts: NDArray[np.int32], num_experts: int) -> Floats:
 def _best(score: Floats, count: int) -> tuple[Ints, Ints]:
     """Row and column of the ``count`` highest positive scores."""
     flat = score.reshape(-1)
-    if len(flat) > count:
-        index = np.argpartition(-flat, count)[:count]
-    else:
-        index = np.arange(len(flat))
-    index = index[flat[index] > 0]
+    index = np.flatnonzero(flat > max(0.0, _PROMISING * float(flat.max(initial=0.0))))
+    if len(index) > count:
+        index = index[np.argpartition(-flat[index], count)[:count]]
     row, column = np.divmod(index, score.shape[1])
     return row, column
 
