@@ -164,14 +164,13 @@ class Display:
 
 def print_summary(history: History, ranks: list[Stats], checks: Checks, seconds: float) -> None:
     """PAR, migration, staging and the results of the checks; ``ranks`` has each rank's stats."""
-    rows, rebalances, stats = history.rows, history.rebalanced_at(), ranks[0]
-    first = rebalances[0] if rebalances else rows[-1].stats.step
+    rows, stats = history.rows, ranks[0]
     print(f"\n{len(rows)} batches, {stats.step} steps in {seconds:.0f} s")
     print("PAR (1 is perfect; mean of layers)   without balancing   with balancing")
     for name, part in {
-        f"before the first rebalance (step {first})": [r for r in rows if r.stats.step < first],
-        "after it": [r for r in rows if r.stats.step >= first],
-        "last quarter": rows[-(len(rows) // 4) :],
+        "before: until an expert moves": [r for r in rows if r.stats.placement_version == 0],
+        "after: from the first rebalance on": [r for r in rows if r.stats.rebalances > 0],
+        "last quarter of the run": rows[-(len(rows) // 4) :],
     }.items():
         if part:
             without = np.mean([row.par_without for row in part])

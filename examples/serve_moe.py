@@ -29,7 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 import torch_eplb
 
 RANKS = 4
-CHECKPOINT = Path("/tmp/tm0")
+CHECKPOINT = Path(__file__).parent / "data" / "tiny_moe"
 
 
 def main() -> None:
@@ -152,7 +152,7 @@ def parse_arguments() -> argparse.Namespace:
         "--text", type=Path, nargs="+", help="files or folders to serve; each is one kind of text"
     )
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the pictures")
-    parser.add_argument("--steps", type=int, default=360, help="batches that each rank serves")
+    parser.add_argument("--steps", type=int, default=240, help="batches that each rank serves")
     parser.add_argument("--redundant", type=int, default=8, help="redundant experts per layer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--short", action="store_true", help="some seconds, for a quick check")

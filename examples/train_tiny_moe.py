@@ -20,6 +20,7 @@ from _text import builtin_streams, windows
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 LENGTH = 256
 # Sequences per batch: more of the kinds that are hard to learn.
@@ -49,6 +50,7 @@ CONFIG = Qwen3MoeConfig(
 
 def main() -> None:
     args = parse_arguments()
+    disable_progress_bar()
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     text = builtin_streams(held_out=False)

@@ -48,7 +48,8 @@ class StepRecorder:
 
     def boundary(self) -> None:
         """Record the step that has just ended (nothing, if it was not to be recorded)."""
-        present = self._counters.values[:, : self._counters.num_experts].cpu()
+        counted = self._counters.values[:, : self._counters.num_experts]
+        present = counted.to("cpu", copy=True)
         step = present - self._previous
         self._previous = present
         gathered = step.new_empty((self._planes.num_ranks, *step.shape))

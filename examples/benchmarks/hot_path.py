@@ -78,10 +78,10 @@ def placement_of(popularity: np.ndarray, ranks: int, redundant: int) -> Placemen
     per_rank = (experts + redundant) // ranks
     held: list[list[int]] = [[] for _ in range(ranks)]
     loads = np.zeros(ranks)
-    for expert in np.argsort(-replicas, kind="stable").tolist():
+    # Experts with many replicas go first, so that the last ones find a rank without them.
+    for expert in np.lexsort((-popularity / replicas, -replicas)).tolist():
         for _ in range(replicas[expert]):
             free = [r for r in range(ranks) if len(held[r]) < per_rank and expert not in held[r]]
-            # Experts with many replicas go first, so that the last ones find a rank without them.
             rank = min(free, key=lambda r: (loads[r], len(held[r])))
             held[rank].append(expert)
             loads[rank] += popularity[expert] / replicas[expert]

@@ -110,6 +110,11 @@ def ask(planner: Planner, request_id: int = 1, load: Any = LOAD) -> PlanReply | 
     return wait_for(planner.poll)
 
 
+def plan_of(answer: Any) -> PlanReply:
+    assert isinstance(answer, PlanReply), answer
+    return answer
+
+
 def cause_of(answer: Any) -> str:
     assert isinstance(answer, PlannerFault), answer
     return answer.cause
@@ -137,8 +142,7 @@ def run_python(*args: str, cwd: Path, stdin: str | None = None, **env: str) -> s
 @pytest.mark.parametrize("policy", ["deepseek", "flow", "static"])
 def test_a_plan_from_the_process_is_the_plan_that_the_policy_makes(start, policy: str) -> None:
     planner = start(policy)
-    reply = ask(planner, 7)
-    assert isinstance(reply, PlanReply)
+    reply = plan_of(ask(planner, 7))
     assert reply.request_id == 7
     assert reply.plan_seconds >= 0
     here = worker.answer(settings_for(policy), Request(7, LOAD, PLACEMENT))
@@ -150,8 +154,7 @@ def test_a_plan_from_the_process_is_the_plan_that_the_policy_makes(start, policy
 
 
 def test_the_schedule_leads_from_the_present_placement_to_the_planned_one(start) -> None:
-    reply = ask(start("deepseek"))
-    assert isinstance(reply, PlanReply)
+    reply = plan_of(ask(start("deepseek")))
     assert reply.schedule.start == PLACEMENT
     assert reply.schedule.placements()[-1] == reply.plan.placement
 
@@ -178,7 +181,7 @@ def test_a_load_larger_than_the_socket_travels_while_the_server_goes_on(start) -
 
 @pytest.mark.parametrize("dtype", ["int64", "int32", "uint16", "float32", ">f8", "float16"])
 def test_load_may_be_counted_in_any_type_of_number(start, dtype: str) -> None:
-    assert isinstance(ask(start("static"), load=(LOAD % 100).astype(dtype)), PlanReply)
+    plan_of(ask(start("static"), load=(LOAD % 100).astype(dtype)))
 
 
 def test_a_load_that_changes_after_it_was_submitted_is_planned_as_it_was(start) -> None:
@@ -301,7 +304,7 @@ def test_the_child_finds_a_package_that_is_only_on_the_parents_path(tmp_path: Pa
 
 def test_the_child_is_small_single_threaded_and_of_low_priority(start) -> None:
     planner = start("deepseek")
-    assert isinstance(ask(planner), PlanReply)
+    plan_of(ask(planner))
     child = psutil.Process(planner.pid)
     assert child.memory_info().rss < 80 << 20
     assert child.num_threads() == 2  # the one that plans and the one that watches the parent
@@ -360,7 +363,7 @@ def test_a_planner_outlives_the_thread_that_started_it(start) -> None:
     thread.start()
     thread.join()
     pid = made[0].pid
-    assert isinstance(ask(made[0]), PlanReply)
+    plan_of(ask(made[0]))
     assert made[0].pid == pid
 
 
@@ -476,7 +479,7 @@ def test_a_load_that_cannot_be_planned_is_refused_at_the_call(start, load, error
     planner = start("static")
     with pytest.raises(error, match=says):
         planner.submit(1, load, PLACEMENT)
-    assert isinstance(ask(planner), PlanReply)
+    plan_of(ask(planner))
 
 
 def test_a_placement_of_another_size_is_refused_at_the_call(start) -> None:

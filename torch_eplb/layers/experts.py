@@ -71,7 +71,7 @@ class ExpertLayer:
         setattr(self.module, self.spec.num_experts, num_slots)
         if self._expert_parallel is not None:
             # transformers' implementations skip sentinel ids only when told so.
-            self.module._is_expert_parallel = True
+            setattr(self.module, "_is_expert_parallel", True)  # noqa: B010
 
     def restore(self, full: Sequence[torch.Tensor]) -> None:
         """Put full tensors ``[experts, ...]`` back and forget that the layer was sharded."""
@@ -79,7 +79,7 @@ class ExpertLayer:
             _set_tensor(self.module, name, lambda _, tensor=tensor: tensor)
         setattr(self.module, self.spec.num_experts, self.num_experts)
         if self._expert_parallel is not None:
-            self.module._is_expert_parallel = self._expert_parallel
+            setattr(self.module, "_is_expert_parallel", self._expert_parallel)  # noqa: B010
 
 
 def find_layers(model: nn.Module) -> list[ExpertLayer]:

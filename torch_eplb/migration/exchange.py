@@ -223,6 +223,6 @@ def _on_stream(stream: torch.Stream | None, device: torch.device) -> Iterator[No
         yield
         return
     module = torch.get_device_module(device)
-    stream.wait_stream(module.current_stream(device))  # type: ignore[attr-defined]
+    stream.wait_stream(module.current_stream(device))
     with module.stream(stream):
         yield

@@ -213,8 +213,10 @@ class _Descent:
         self.base = base
         self.total = total
         self.layout = layout
-        share = np.repeat(1.0 / np.array([size for size, items in layout.groups for _ in
-                                          range(items)]), np.bincount(layout.row_item))
+        share = np.repeat(
+            1.0 / np.array([size for size, items in layout.groups for _ in range(items)]),
+            np.bincount(layout.row_item),
+        )
         self.parts = total[layout.row_item] * share[:, None]
         self.ahead = self.parts
         self.age = np.zeros_like(total)

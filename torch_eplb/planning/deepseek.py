@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch_eplb.placement import Placement
 from torch_eplb.planning.plan import Topology
 
-__all__ = ["pack", "place", "rebalance_experts", "replicate"]
+__all__ = ["groups_on_nodes", "node_bound", "pack", "place", "rebalance_experts", "replicate"]
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -94,6 +94,17 @@ def node_bound(current: Placement, topology: Topology) -> bool:
         and current.num_experts % topology.num_expert_groups == 0
         and current.num_slots * topology.num_nodes <= current.num_experts
     )
+
+
+def groups_on_nodes(placement: Placement, topology: Topology) -> NDArray[np.bool_]:
+    """``[layers]``: whether every node holds whole expert groups, equally many, each only once."""
+    layers = placement.num_layers
+    size = placement.num_experts // topology.num_expert_groups
+    group = placement.experts.reshape(layers, topology.num_nodes, -1) // size
+    held = np.zeros((layers, topology.num_nodes, topology.num_expert_groups), dtype=bool)
+    np.put_along_axis(held, group, True, axis=2)
+    per_node = topology.num_expert_groups // topology.num_nodes
+    return (held.sum(axis=1) == 1).all(axis=1) & (held.sum(axis=2) == per_node).all(axis=1)
 
 
 def _place(

@@ -32,19 +32,23 @@ Bools = NDArray[np.bool_]
 class Judge(Protocol):
     """What the search asks of a judge. ``held`` is ``[experts, ranks]`` 0 or 1."""
 
+    softness: float
+    """In units of PAR; see `search._value`."""
+
     def weights(self, held: Floats) -> Floats:
         """``[n, P]``: the weights of experts that sit on the ranks ``held [n, ranks]``."""
         ...
 
     def slopes(
-        self, held: Floats, load: Floats, pressed: Ints, slots: Ints, ranks: Ints
+        self, held: Floats, heat: Floats, pressed: Ints, slots: Ints, ranks: Ints
     ) -> tuple[Floats, Floats, Floats]:
-        """How much the sum over samples of the ``pressed`` pressures would fall.
+        """How much the pressures would fall, weighted by how much each matters.
 
         Args:
             held: ``[experts, ranks]``.
-            load: ``[samples, experts]``, only samples that matter.
-            pressed: ``[samples]``, each one's highest pressure.
+            heat: ``[n, experts]``, the load of each expert, summed over samples with the weight
+                that each of the ``pressed`` pressures has in them.
+            pressed: ``[n]``, the pressures that matter.
             slots, ranks: ``[J]``, expert and rank of each slot.
 
         Returns:
@@ -56,24 +60,29 @@ class Judge(Protocol):
 
 
 class EvenJudge:
-    """Pressures of ranks under the even split."""
+    """Pressures of ranks under the even split.
+
+    A fixed split does not level the chance of single steps: any rank near the peak may become it,
+    so the maximum is a soft one.
+    """
+
+    softness = 0.03
 
     def weights(self, held: Floats) -> Floats:
         return held / np.maximum(held.sum(axis=1, keepdims=True), 1.0)
 
     def slopes(
-        self, held: Floats, load: Floats, pressed: Ints, slots: Ints, ranks: Ints
+        self, held: Floats, heat: Floats, pressed: Ints, slots: Ints, ranks: Ints
     ) -> tuple[Floats, Floats, Floats]:
-        hot = np.zeros((len(pressed), held.shape[1]))
-        hot[np.arange(len(pressed)), pressed] = 1.0
-        heat = load.T @ hot  # [experts, R]: the expert's tokens in samples where the rank is hot
+        hot = np.zeros(held.shape)
+        hot[:, pressed] = heat.T
         count = held.sum(axis=1)
-        own = (held * heat).sum(axis=1)
-        add = (own / (count * (count + 1)))[:, None] - heat / (count + 1)[:, None]
-        mine, many = heat[slots, ranks], count[slots]
+        own = (held * hot).sum(axis=1)
+        add = (own / (count * (count + 1)))[:, None] - hot / (count + 1)[:, None]
+        mine, many = hot[slots, ranks], count[slots]
         rest = (own[slots] - mine) / np.where(many > 1, many * (many - 1), 1.0)
         remove = np.where(many > 1, mine / many - rest, -np.inf)
-        move = (mine[:, None] - heat[slots]) / many[:, None]
+        move = (mine[:, None] - hot[slots]) / many[:, None]
         return add, remove, move
 
 
@@ -83,6 +92,8 @@ class CutJudge:
     Args:
         sets: ``[P, ranks]`` bool, none empty.
     """
+
+    softness = 0.0
 
     def __init__(self, sets: Bools) -> None:
         self.sets = sets
@@ -97,14 +108,14 @@ class CutJudge:
         return (held @ self.away.T == 0) * self.scale
 
     def slopes(
-        self, held: Floats, load: Floats, pressed: Ints, slots: Ints, ranks: Ints
+        self, held: Floats, heat: Floats, pressed: Ints, slots: Ints, ranks: Ints
     ) -> tuple[Floats, Floats, Floats]:
-        away = self.away[pressed]  # [samples, R]
-        scaled = load.T * self.scale[pressed]  # [experts, samples]
-        beyond = held @ away.T  # [experts, samples]: replicas outside of the sample's set
+        away = self.away[pressed]  # [n, R]
+        scaled = (heat * self.scale[pressed][:, None]).T  # [experts, n]
+        beyond = held @ away.T  # [experts, n]: replicas outside of the set
         add = (scaled * (beyond == 0)) @ away
-        # A slot whose expert has no other replica outside: [J, samples].
-        pivot = scaled[slots] * ((beyond[slots] == 1) & (away.T[ranks] == 1))
+        # A slot whose expert has no other replica outside: [J, n].
+        pivot = (scaled * (beyond == 1))[slots] * away.T[ranks]
         several = held.sum(axis=1)[slots] > 1
         remove = np.where(several, -pivot.sum(axis=1), -np.inf)
         move = add[slots] - pivot @ (1.0 - away)

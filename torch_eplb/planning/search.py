@@ -21,9 +21,24 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
+_CANDIDATES = (16, 512)
+"""Least and most changes of each kind that are rated exactly per step."""
+
+_WORK = 50_000
+"""Numbers that rating the changes of a kind may take, about; sets how many are rated."""
+
 _PROMISING = 0.3
-_CANDIDATES = 32
-"""Changes of each kind that are rated exactly per step."""
+"""Changes whose slope is below this part of the best one's are not rated, if there are many."""
+
+_PAIRS = 6144
+"""Pairs whose first-order gain is looked at, about: sets how many experts (or slots, in a swap)
+are considered as the one to leave a peak, the most promising first."""
+
+_NEARLY = 0.02
+"""How far below the peak, in units of PAR, a pressure still matters for what is tried."""
+
+_LEAST = 1e-6
+"""Gains below this are rounding."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +66,21 @@ class Search:
     """
 
     def __init__(
-        self, experts: NDArray[np.int32], load: Floats, allowed: Bools | None, price: float,
-        most: float, origin: NDArray[np.int32] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        experts: NDArray[np.int32],
+        load: Floats,
+        *,
+        allowed: Bools | None,
+        price: float,
+        most: float,
+    ) -> None:
         ranks, slots = experts.shape
         self.load = load
+        self.by_expert = np.ascontiguousarray(load.T, dtype=np.float32)
         self.slots = experts.reshape(-1).astype(np.int64)
         self.ranks = np.repeat(np.arange(ranks), slots)
         self.held = _held(experts, load.shape[1])
-        self.origin = self.held.copy() if origin is None else _held(origin, load.shape[1])
+        self.origin = self.held.copy()
         self.allowed = allowed
         self.price = price
         self.most = most
@@ -73,62 +94,109 @@ class Search:
         return self.slots.reshape(-1, slots).astype(np.int32)
 
     def reset(self, experts: NDArray[np.int32]) -> None:
-        """Go on from another placement."""
+        """Go on from another placement; what counts as changed stays."""
         self.slots = experts.reshape(-1).astype(np.int64)
         self.held = _held(experts, self.load.shape[1])
 
-    def run(self, judge: Judge, target: float, steps: int) -> float:
-        """Make up to ``steps`` changes, while they pay; returns the mean PAR as judged."""
-        pressure = judge.weights(self.held).T @ self.load.T  # [P, samples]
-        for _ in range(steps):
-            peak = pressure.max(axis=0)
-            value = float(np.maximum(peak, 1.0).mean())
-            if value <= target:
-                return value
-            changes = self._candidates(judge, pressure, peak)
-            if changes is None:
-                return value
-            delta = self._deltas(judge, changes)
-            after = np.maximum((pressure + delta).max(axis=1), 1.0).mean(axis=1)
-            cost = self._costs(changes)
-            net = value - after - self.price * cost
-            net[self.moved + cost > self.most] = -np.inf
-            best = int(net.argmax())
-            if net[best] <= 1e-9 or value - after[best] <= 1e-9:
-                return value
-            self._apply(changes, best)
-            pressure = pressure + delta[best]
-        return float(np.maximum(pressure.max(axis=0), 1.0).mean())
+    def value(self, judge: Judge) -> float:
+        """The mean over samples of PAR, as judged."""
+        return float(_value(self._pressure(judge), judge.softness))
 
-    def _candidates(self, judge: Judge, pressure: Floats, peak: Floats) -> _Changes | None:
-        over = peak > 1.0 + 1e-9
+    def _pressure(self, judge: Judge) -> Floats:
+        """``[P, samples]``; single precision is ample for comparing changes."""
+        weights: Floats = judge.weights(self.held).T.astype(np.float32) @ self.by_expert
+        return weights
+
+    def run(self, judge: Judge, target: float, steps: int) -> int:
+        """Make changes while they pay and the value is above ``target``.
+
+        Returns how many of the ``steps`` were used: an answer below ``steps`` means that nothing
+        more pays.
+        """
+        pressure = self._pressure(judge)
+        for step in range(steps):
+            value = float(_value(pressure, judge.softness))
+            changes = self._candidates(judge, pressure) if value > target else None
+            if changes is None:
+                return step
+            delta = self._deltas(judge, changes)
+            cost = self._costs(changes)
+            net = self._nets(value, pressure, delta, cost, judge.softness)
+            made = self._make(changes, delta, cost, net, pressure, judge.softness)
+            if made is None:
+                return step
+            pressure = made
+        return steps
+
+    def _nets(
+        self, value: float, pressure: Floats, delta: Floats, cost: Ints, softness: float
+    ) -> Floats:
+        """``[K]``: what each change gains beyond its price; minus infinity if not allowed."""
+        gain = value - _value(pressure[:, None] + delta, softness)
+        net = gain - self.price * cost
+        # A change that only undoes an earlier one has a negative price, but must not make it worse.
+        return np.where((gain > _LEAST) & (self.moved + cost <= self.most), net, -np.inf)
+
+    def _make(
+        self, changes: _Changes, delta: Floats, cost: Ints, net: Floats, pressure: Floats,
+        softness: float,
+    ) -> Floats | None:  # fmt: skip
+        """Make the best change, then the best of those that still pay after it, and so on.
+
+        A change's effect on the pressures depends on its two experts only, so those of other
+        experts are still exact. Returns the new pressures, None if nothing pays.
+        """
+        made = None
+        order = np.arange(len(net))
+        while len(order) and net.max() > _LEAST:
+            best = order[net.argmax()]
+            self._apply(changes, int(best))
+            pressure = made = pressure + delta[:, best]
+            touched = (changes.first[best], changes.second[best])
+            apart = ~np.isin(changes.first[order], touched)
+            order = order[apart & ~np.isin(changes.second[order], touched)]
+            value = float(_value(pressure, softness))
+            net = self._nets(value, pressure, delta[:, order], cost[order], softness)
+        return made
+
+    def _candidates(self, judge: Judge, pressure: Floats) -> _Changes | None:
+        top = pressure.max(axis=0)
+        over = top > 1.0 + _LEAST
         if not over.any():
             return None
-        pressed = pressure[:, over].argmax(axis=0)
+        # Peaks that are nearly as high come next: look for changes that relieve them, too.
+        weight = np.exp((pressure[:, over] - top[over]) * np.float32(1 / _NEARLY))
+        weight[weight < 0.05] = 0.0
+        pressed = np.flatnonzero(weight.any(axis=1))
         add, remove, move = judge.slopes(
-            self.held, self.load[over], pressed, self.slots, self.ranks
+            self.held, weight[pressed] @ self.load[over], pressed, self.slots, self.ranks
         )
         free = self.held == 0
         if self.allowed is not None:
             free &= self.allowed
-        return _join(self._replacements(add, remove, free), self._swaps(move, free))
+        count = int(np.clip(_WORK // pressure.size, *_CANDIDATES))
+        return _join(self._replacements(add, remove, free, count), self._swaps(move, free, count))
 
-    def _replacements(self, add: Floats, remove: Floats, free: Bools) -> list[Ints]:
+    def _replacements(self, add: Floats, remove: Floats, free: Bools, count: int) -> list[Ints]:
         spare = np.flatnonzero(remove > -np.inf)
+        most = np.where(free, add, -np.inf).max(axis=1)
+        experts = _highest(most, _PAIRS // max(len(spare), 1))
         rank = self.ranks[spare]
-        score = np.where(free[:, rank], add[:, rank] + remove[spare], -np.inf)
-        expert, index = _best(score, _CANDIDATES)
+        fits = free[experts][:, rank]
+        score = np.where(fits, add[experts][:, rank] + remove[spare], -np.inf)
+        row, index = _best(score, count)
+        expert = experts[row]
         slot = spare[index]
         none = np.full(len(slot), -1)
         return [expert, self.slots[slot], slot, self.ranks[slot], none, none]
 
-    def _swaps(self, move: Floats, free: Bools) -> list[Ints]:
+    def _swaps(self, move: Floats, free: Bools, count: int) -> list[Ints]:
         # One side of a swap must relieve a peak: only the slots that would do most of that.
         relief = np.where(free[self.slots], move, -np.inf).max(axis=1)
-        sources = np.argsort(-relief, kind="stable")[: 2 * _CANDIDATES]
+        sources = _highest(relief, _PAIRS // len(self.slots))
         score = move[sources][:, self.ranks] + move[:, self.ranks[sources]].T
         fits = free[self.slots[sources]][:, self.ranks] & free[self.slots][:, self.ranks[sources]].T
-        index, slot = _best(np.where(fits, score, -np.inf), _CANDIDATES)
+        index, slot = _best(np.where(fits, score, -np.inf), count)
         source = sources[index]
         return [
             self.slots[source], self.slots[slot], slot, self.ranks[slot], source,
@@ -148,14 +216,14 @@ class Search:
         return first, first_after, second, second_after
 
     def _deltas(self, judge: Judge, changes: _Changes) -> Floats:
-        """``[K, P, samples]``: how each change changes the pressures."""
-        rows = self._rows(changes)
+        """``[P, K, samples]``: how each change changes the pressures."""
+        rows = np.concatenate(self._rows(changes))
         before_first, after_first, before_second, after_second = np.split(
-            judge.weights(np.concatenate(rows)), 4
+            judge.weights(rows).T.astype(np.float32), 4, axis=1
         )
-        change = np.stack((after_first - before_first, after_second - before_second), axis=2)
-        loads = np.stack((self.load[:, changes.first].T, self.load[:, changes.second].T), axis=1)
-        return np.matmul(change, loads)  # [K, P, 2] @ [K, 2, samples]
+        delta = (after_first - before_first)[:, :, None] * self.by_expert[changes.first]
+        delta += (after_second - before_second)[:, :, None] * self.by_expert[changes.second]
+        return delta
 
     def _costs(self, changes: _Changes) -> Ints:
         """``[K]``: how many more slots differ from the live placement."""
@@ -177,16 +245,36 @@ class Search:
             self.held[first, via], self.held[second, via] = 0.0, 1.0
 
 
+def _value(pressure: Floats, softness: float) -> Floats:
+    """Mean over samples of the highest pressure, ``[P, ..., samples]`` to ``[...]``.
+
+    With softness it is a smooth maximum (softness * log-sum-exp): what the highest comes to when
+    pressures may yet rise by about that much.
+    """
+    top = pressure.max(axis=0)
+    if softness:
+        spread = np.exp((pressure - top) * np.float32(1.0 / softness)).sum(axis=0)
+        top = top + np.float32(softness) * np.log(spread)
+    return np.maximum(top, 1.0).mean(axis=-1, dtype=np.float64)
+
+
 def _held(experts: NDArray[np.int32], num_experts: int) -> Floats:
     held = np.zeros((num_experts, len(experts)))
     held[experts, np.arange(len(experts))[:, None]] = 1.0
     return held
 
 
+def _highest(value: Floats, count: int) -> Ints:
+    """Indices of the ``count`` highest values, at least 16 if there are as many."""
+    return np.argsort(-value, kind="stable")[: max(count, 16)]
+
+
 def _best(score: Floats, count: int) -> tuple[Ints, Ints]:
     """Row and column of the ``count`` highest positive scores."""
     flat = score.reshape(-1)
-    index = np.flatnonzero(flat > max(0.0, _PROMISING * float(flat.max(initial=0.0))))
+    index = np.flatnonzero(flat > 0)
+    if len(index) > count:
+        index = index[flat[index] > _PROMISING * flat[index].max()]
     if len(index) > count:
         index = index[np.argpartition(-flat[index], count)[:count]]
     row, column = np.divmod(index, score.shape[1])

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torch_eplb.placement import Placement
-from torch_eplb.planning.deepseek import node_bound, place
+from torch_eplb.planning.deepseek import groups_on_nodes, node_bound, place
 from torch_eplb.planning.plan import Topology
 
 __all__ = ["MIN_IMPROVEMENT", "plan"]
@@ -33,10 +33,11 @@ def plan(load: NDArray[np.float64], current: Placement, topology: Topology) -> P
     """
     weight = load.mean(axis=0)
     bound = node_bound(current, topology)
-    if bound and not groups_on_nodes(current, topology):
-        return place(weight, current, topology)
     nodes = topology.num_nodes if bound else 1
     experts = np.array(current.experts)
+    if bound:
+        stray = ~groups_on_nodes(current, topology)
+        experts[stray] = place(weight, current, topology).experts[stray]
     for layer in range(len(experts)):
         for node in np.split(np.arange(topology.num_ranks), nodes):
             part = experts[layer, node]
@@ -44,17 +45,6 @@ def plan(load: NDArray[np.float64], current: Placement, topology: Topology) -> P
             _swap_pairs(part, weight[layer])
             experts[layer, node] = part
     return Placement(experts, current.num_experts)
-
-
-def groups_on_nodes(placement: Placement, topology: Topology) -> bool:
-    """Whether every node holds whole expert groups, equally many, and nobody else's."""
-    layers = placement.num_layers
-    size = placement.num_experts // topology.num_expert_groups
-    group = placement.experts.reshape(layers, topology.num_nodes, -1) // size
-    held = np.zeros((layers, topology.num_nodes, topology.num_expert_groups), dtype=bool)
-    np.put_along_axis(held, group, True, axis=2)
-    per_node = topology.num_expert_groups // topology.num_nodes
-    return bool((held.sum(axis=1) == 1).all() and (held.sum(axis=2) == per_node).all())
 
 
 def _replicate_hottest(experts: NDArray[np.int32], weight: NDArray[np.float64]) -> None:

@@ -8,6 +8,9 @@ start from the same counts cannot disagree. Suffixes are those of `torch_eplb.ro
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,6 +19,8 @@ from torch import Tensor
 from torch_eplb.routing.host import on_host
 
 __all__ = ["solve_quotas", "solve_quotas_device", "solve_quotas_host"]
+
+_Solver = Callable[[Tensor, Tensor, int, int], Tensor]
 
 _TOLERANCE_BITS = 10  # the host stops within 2^-10 of the lower bound on the peak
 _MAX_SWEEPS = 3
@@ -45,18 +50,18 @@ def solve_quotas(counts_E: Tensor, slots_EM: Tensor, num_ranks: int, slots_per_r
     >>> solve_quotas(torch.tensor([100, 10, 50]), slots, 2, 2).tolist()  # ranks get 80 each
     [[70, 30], [10, 0], [50, 0]]
     """
-    if counts_E.device.type != "cpu":
-        return solve_quotas_device(counts_E, slots_EM, num_ranks, slots_per_rank)
     if on_host(counts_E):
         quotas = solve_quotas_host(counts_E.numpy(), slots_EM.numpy(), num_ranks, slots_per_rank)
         return torch.from_numpy(quotas)
-    # The same solver as one opaque operation of a compiled graph: a rank that runs eagerly and
-    # one that runs compiled code must get the same quotas.
-    return _solve_quotas_cpu(counts_E, slots_EM, num_ranks, slots_per_rank)
+    if counts_E.device.type in ("cpu", "cuda"):
+        return _solve_quotas(counts_E, slots_EM, num_ranks, slots_per_rank)
+    return solve_quotas_device(counts_E, slots_EM, num_ranks, slots_per_rank)
 
 
+# One opaque operation of a compiled graph, so that a rank that runs compiled code gets the same
+# quotas as one that runs eagerly.
 @torch.library.custom_op("torch_eplb::solve_quotas", mutates_args=(), device_types="cpu")
-def _solve_quotas_cpu(
+def _solve_quotas(
     counts_E: Tensor, slots_EM: Tensor, num_ranks: int, slots_per_rank: int
 ) -> Tensor:
     return torch.from_numpy(
@@ -64,9 +69,26 @@ def _solve_quotas_cpu(
     )
 
 
-@_solve_quotas_cpu.register_fake
+@_solve_quotas.register_kernel("cuda")
+def _(counts_E: Tensor, slots_EM: Tensor, num_ranks: int, slots_per_rank: int) -> Tensor:
+    solve = _fused_solver(slots_EM.shape[0], num_ranks, slots_per_rank) or solve_quotas_device
+    return solve(counts_E.contiguous(), slots_EM.contiguous(), num_ranks, slots_per_rank)
+
+
+@_solve_quotas.register_fake
 def _(counts_E: Tensor, slots_EM: Tensor, num_ranks: int, slots_per_rank: int) -> Tensor:
     return torch.empty_like(slots_EM)
+
+
+@lru_cache
+def _fused_solver(num_experts: int, num_ranks: int, slots_per_rank: int) -> _Solver | None:
+    """The Triton kernel, or None without Triton or where its tile would not fit."""
+    try:
+        from torch_eplb.routing import quotas_triton
+    except ImportError:
+        return None
+    fits = quotas_triton.tile_size(num_experts, num_ranks, slots_per_rank) <= quotas_triton.MAX_TILE
+    return quotas_triton.solve_quotas_triton if fits else None
 
 
 def solve_quotas_host(

@@ -14,14 +14,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["MAX_TILE", "solve_quotas_triton"]
+__all__ = ["MAX_TILE", "solve_quotas_triton", "tile_size"]
 
-MAX_TILE = 16384
-"""Most entries of the dense tile: what the registers and shared memory of one block can hold."""
+MAX_TILE = 8192
+"""Most entries of the dense tile: larger ones spill registers (some already at 4096)."""
 
 _ITERATIONS = 32
 _GROUPS = 8
 _ABSENT = tl.constexpr(1 << 52)
+
+
+def tile_size(num_experts: int, num_ranks: int, slots_per_rank: int) -> int:
+    """Entries of the dense tile.
+
+    >>> tile_size(64, 8, 10)
+    128
+    """
+    return _tile_rows(num_experts, num_ranks, slots_per_rank) * _tile_columns(num_ranks)
+
+
+def _tile_rows(num_experts: int, num_ranks: int, slots_per_rank: int) -> int:
+    # At most this many experts can have a second replica.
+    replicated = min(num_experts, num_ranks * slots_per_rank - num_experts)
+    return triton.next_power_of_2(max(replicated, 2))
+
+
+def _tile_columns(num_ranks: int) -> int:
+    return triton.next_power_of_2(max(num_ranks, 2))
 
 
 def solve_quotas_triton(
@@ -29,9 +48,8 @@ def solve_quotas_triton(
 ) -> Tensor:
     """See `torch_eplb.routing.solve_quotas`; all tensors on one CUDA device and contiguous."""
     num_experts, most = slots_EM.shape
-    replicated = max(min(num_experts, num_ranks * slots_per_rank - num_experts), 1)
     quotas_EM = torch.empty_like(slots_EM)
-    rows_X = counts_E.new_empty(triton.next_power_of_2(replicated))
+    rows_X = counts_E.new_empty(_tile_rows(num_experts, num_ranks, slots_per_rank))
     grid: Any = _kernel[(1,)]
     grid(
         counts_E,
@@ -43,7 +61,7 @@ def solve_quotas_triton(
         slots_per_rank,
         M=most,
         X=len(rows_X),
-        R_PAD=max(triton.next_power_of_2(num_ranks), 2),
+        R_PAD=_tile_columns(num_ranks),
         E_PAD=triton.next_power_of_2(num_experts),
         ITERATIONS=_ITERATIONS,
         GROUPS=_GROUPS,

@@ -1,0 +1,407 @@
+"""What moving experts costs: memory, bytes, time, and how little of it the model feels.
+
+    python examples/benchmarks/migration.py            # starts its own 2 ranks, about two minutes
+    python examples/benchmarks/migration.py --short    # some seconds, for a quick check
+
+Two ranks of one thread each, on CPU with gloo, or on the accelerators of a machine that has two.
+Everything that is compared is measured in one run, in turns:
+
+    staging     an allocation observer sees every tensor memory that the exchange makes, its pool
+                included, for budgets of 1, 2 and 4 experts
+    blocking    a model balanced with overlap=False; each of its rounds is followed by bare
+                isend/irecv of the same sizes between the same ranks
+    overlap     the same model and traffic with overlap=True
+    idle        steps in which nothing is pending
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import torch_eplb
+from torch_eplb.comm import Planes
+from torch_eplb.config import Config
+from torch_eplb.layers.experts import find_layers
+from torch_eplb.migration.exchange import Exchange
+from torch_eplb.migration.schedule import make_schedule
+from torch_eplb.placement import Placement
+from torch_eplb.testing import Operation, record_operations, run_until
+
+RANKS, LAYERS, EXPERTS, REDUNDANT, TOP_K = 2, 2, 16, 2, 2
+SLOTS = (EXPERTS + REDUNDANT) // RANKS
+BUDGETS = (1, 2, 4)
+
+
+class Experts(nn.Module):
+    """Gated experts with the forward and the attributes that torch_eplb recognises."""
+
+    def __init__(self, hidden: int, width: int, device: torch.device) -> None:
+        super().__init__()
+        self.num_experts = EXPERTS
+        gate_up = torch.randn(EXPERTS, 2 * width, hidden, device=device) * 0.02
+        down = torch.randn(EXPERTS, hidden, width, device=device) * 0.02
+        self.gate_up_proj = nn.Parameter(gate_up, requires_grad=False)
+        self.down_proj = nn.Parameter(down, requires_grad=False)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        output = torch.zeros_like(hidden_states)
+        for expert in range(self.num_experts):
+            token, choice = torch.where(top_k_index == expert)
+            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            result = F.linear(F.silu(gate) * up, self.down_proj[expert])
+            output.index_add_(0, token, result * top_k_weights[token, choice, None])
+        return output
+
+
+class Model(nn.Module):
+    """MoE layers with residual connections; the router's choices come with the input."""
+
+    def __init__(self, hidden: int, width: int, device: torch.device) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Experts(hidden, width, device) for _ in range(LAYERS))
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor) -> Tensor:
+        """``hidden`` [tokens, hidden], ``top_k_index`` [layers, tokens, TOP_K]."""
+        weights = torch.full(top_k_index.shape[1:], 1 / TOP_K, device=hidden.device)
+        for layer, index in zip(self.layers, top_k_index, strict=True):
+            hidden = hidden + layer(hidden, index, weights)
+        return hidden
+
+
+# ---- memory and bytes ------------------------------------------------------------------------
+
+
+class AllocationObserver(TorchDispatchMode):
+    """Knows every storage that operations inside have made, and the most that lived at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given = {_storage(leaf)._cdata for leaf in tree_leaves((args, kwargs)) if _is_tensor(leaf)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if _is_tensor(leaf) and _storage(leaf)._cdata not in given:
+                storage = _storage(leaf)
+                self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(nbytes for _, nbytes in self._live.values()))
+        return result
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return tensor.untyped_storage()
+
+
+@dataclass
+class Memory:
+    """Peak and bytes of some rebalances under one budget, of the rank that is worst."""
+
+    experts: int
+    direct: bool
+    peak: int
+    budget: int
+    bytes_sent: int
+    least: int
+
+
+def measure_memory(
+    device: torch.device, hidden: int, width: int, experts: int, direct: bool, times: int
+) -> Memory:
+    """Move a model's experts to random placements under an observer, and check where they end."""
+    model = Model(hidden, width, device)
+    layers = find_layers(model)
+    full = [[tensor.clone() for tensor in layer.tensors()] for layer in layers]
+    expert_bytes = layers[0].expert_bytes
+    assert dist.group.WORLD is not None
+    planes = Planes(dist.group.WORLD, device, 60.0)
+    planes.open_data_plane(Config())
+    placement = Placement.initial(LAYERS, EXPERTS, RANKS, SLOTS)
+    for layer, held in zip(layers, placement.experts[:, planes.rank], strict=True):
+        layer.shard(held.tolist())
+    budget = experts * expert_bytes
+    with AllocationObserver() as observer:
+        exchange = Exchange(layers, planes, budget, verify=False)
+    least = 0
+    generator = np.random.default_rng(experts)
+    for _ in range(times):
+        wanted = random_placement(generator)
+        least += int(placement.newly_held(wanted).sum()) * expert_bytes
+        schedule = make_schedule(
+            placement, wanted, expert_bytes=expert_bytes, staging_bytes=budget, direct=direct
+        )
+        for number, transfers in enumerate(schedule.rounds):
+            with observer:
+                exchange.post(number, transfers)
+                exchange.wait()
+            dist.barrier()
+            with observer:
+                exchange.commit()
+        placement = schedule.target
+    for layer, originals, held in zip(layers, full, placement.experts[:, planes.rank], strict=True):
+        for tensor, original in zip(layer.tensors(), originals, strict=True):
+            if not torch.equal(tensor, original[held.tolist()]):
+                raise RuntimeError(f"{layer.name} does not hold its experts")
+    totals = torch.tensor([exchange.bytes_sent], device=device)
+    dist.all_reduce(totals)
+    worst = torch.tensor([observer.peak], device=device)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    planes.close()
+    return Memory(experts, direct, int(worst), budget, int(totals), least)
+
+
+def random_placement(generator: np.random.Generator) -> Placement:
+    """Experts anywhere, each at least once and never twice on a rank."""
+    layers: list[np.ndarray] = []
+    while len(layers) < LAYERS:
+        ranks = [generator.choice(EXPERTS, SLOTS, replace=False) for _ in range(RANKS)]
+        if len(np.unique(ranks)) == EXPERTS:
+            layers.append(np.stack(ranks))
+    return Placement(np.stack(layers), EXPERTS)
+
+
+# ---- time ------------------------------------------------------------------------------------
+
+
+class BareTransfers:
+    """isend/irecv of given sizes and nothing else, on buffers of its own."""
+
+    def __init__(self, device: torch.device, nbytes: int) -> None:
+        self._source = torch.ones(nbytes, dtype=torch.uint8, device=device)
+        self._target = torch.ones(nbytes, dtype=torch.uint8, device=device)
+        self._group = dist.new_group(backend=None)
+
+    def seconds(self, operations: list[Operation]) -> float:
+        sent = received = 0
+        posts = []
+        for operation in operations:
+            if operation.kind == "send":
+                part = self._source[sent : sent + operation.nbytes]
+                posts.append(dist.P2POp(dist.isend, part, operation.peer, self._group))
+                sent += operation.nbytes
+            else:
+                part = self._target[received : received + operation.nbytes]
+                posts.append(dist.P2POp(dist.irecv, part, operation.peer, self._group))
+                received += operation.nbytes
+        dist.barrier()
+        begin = time.perf_counter()
+        for work in dist.batch_isend_irecv(posts) if posts else ():
+            work.wait()
+        synchronize(self._source.device)
+        return time.perf_counter() - begin
+
+
+@dataclass
+class Service:
+    """One wrapped model and what its steps took on this rank, in seconds."""
+
+    balancer: torch_eplb.ExpertLoadBalancer
+    posted: list[Operation]
+    migrating_hooks: list[float] = field(default_factory=list)
+    migrating_steps: list[float] = field(default_factory=list)
+    quiet_steps: list[float] = field(default_factory=list)
+    rounds: list[tuple[float, float]] = field(default_factory=list)  # ours, bare
+    rebalances: list[tuple[float, float]] = field(default_factory=list)  # ours, bare
+
+    def run_cycle(self, traffic: Traffic, bare: BareTransfers | None) -> None:
+        """Serve until one more rebalance is done; ``bare`` repeats what each step has moved."""
+        target = self.balancer.stats().rebalances + 1
+        self.rounds = []
+        run_until(
+            lambda: self.balancer.stats().rebalances >= target, lambda: self.serve(traffic, bare)
+        )
+        if bare is not None:
+            ours, theirs = zip(*self.rounds, strict=True)
+            self.rebalances.append((sum(ours), sum(theirs)))
+
+    def serve(self, traffic: Traffic, bare: BareTransfers | None) -> None:
+        hidden, index = traffic.batch()
+        before = self.balancer.stats()
+        self.posted.clear()
+        dist.barrier()
+        begin = time.perf_counter()
+        self.balancer(hidden, index)
+        synchronize(hidden.device)
+        step = time.perf_counter() - begin
+        after = self.balancer.stats()
+        hooks = after.hook_seconds - before.hook_seconds
+        if "moving experts" in (before.stage, after.stage) or (
+            after.placement_version != before.placement_version
+        ):
+            self.migrating_hooks.append(hooks)
+            self.migrating_steps.append(step)
+            if bare is not None:
+                self.rounds.append((hooks, bare.seconds(self.posted)))
+        elif after.step > 2:
+            self.quiet_steps.append(step)
+
+
+class Traffic:
+    """Batches of this rank."""
+
+    def __init__(self, device: torch.device, tokens: int, hidden: int, rank: int) -> None:
+        self._generator = torch.Generator().manual_seed(1 + rank)
+        self._hidden = torch.randn(tokens, hidden, generator=self._generator).to(device)
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        tokens = len(self._hidden)
+        scores = torch.rand(LAYERS, tokens, EXPERTS, generator=self._generator)
+        return self._hidden, scores.topk(TOP_K, dim=-1).indices.to(self._hidden.device)
+
+
+def wrapped(args: argparse.Namespace, device: torch.device, overlap: bool) -> Service:
+    balancer = torch_eplb.wrap(
+        Model(args.hidden, args.width, device),
+        num_redundant_experts=REDUNDANT,
+        policy="random",  # moves far more than a policy that looks at the load
+        overlap=overlap,
+        collect_interval=args.collect,
+        plan_interval=2,
+    )
+    return Service(balancer, record_operations(balancer))
+
+
+def idle_hook_seconds(device: torch.device, steps: int) -> float:
+    """Mean time in the model's hook over the steps of one collection window."""
+    model = torch_eplb.wrap(Model(64, 64, device), policy="static", collect_interval=steps + 200)
+    with model:
+        for _ in range(100):
+            model.step()
+        before = model.stats().hook_seconds
+        for _ in range(steps):
+            model.step()
+        return (model.stats().hook_seconds - before) / steps
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+# ---- the run ---------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--width", type=int, default=512, help="of an expert; 6 MiB by default")
+    parser.add_argument("--tokens", type=int, default=256, help="per rank and forward")
+    parser.add_argument("--cycles", type=int, default=8, help="rebalances of each way")
+    parser.add_argument("--collect", type=int, default=12, help="steps before each rebalance")
+    parser.add_argument("--short", action="store_true", help="some seconds, for a quick check")
+    args = parser.parse_args()
+    if args.short:
+        args.hidden, args.width, args.tokens, args.cycles, args.collect = 512, 256, 64, 2, 6
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(run, (f"file://{Path(folder) / 'rendezvous'}", args), nprocs=RANKS)
+
+
+def run(rank: int, rendezvous: str, args: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    if torch.accelerator.is_available() and torch.accelerator.device_count() >= RANKS:
+        torch.accelerator.set_device_index(rank)
+        device = torch.device(torch.accelerator.current_accelerator().type, rank)
+    dist.init_process_group(None, rendezvous, rank=rank, world_size=RANKS)
+    times = 1 if args.short else 3
+    memory = [
+        measure_memory(device, args.hidden, args.width, experts, direct, times)
+        for direct in (False, True)
+        for experts in BUDGETS
+    ]
+    idle = idle_hook_seconds(device, 400 if args.short else 2000)
+    blocking, overlap = (wrapped(args, device, overlap) for overlap in (False, True))
+    traffic = Traffic(device, args.tokens, args.hidden, rank)
+    bare = BareTransfers(device, LAYERS * SLOTS * blocking.balancer.stats().staging_bytes)
+    with blocking.balancer, overlap.balancer, torch.inference_mode():
+        for _ in range(args.cycles):
+            blocking.run_cycle(traffic, bare)
+            overlap.run_cycle(traffic, None)
+    # What both ranks measured counts alike, but for a rebalance, which ends when the last rank does.
+    everyone: list[Any] = [None] * RANKS
+    mine = [
+        (s.migrating_hooks, s.migrating_steps, s.quiet_steps, s.rebalances)
+        for s in (blocking, overlap)
+    ]
+    dist.all_gather_object(everyone, (mine, idle))
+    if rank == 0:
+        print(
+            f"{RANKS} ranks on {device.type}, {SLOTS} slots each; an expert is "
+            f"{blocking.balancer.stats().staging_bytes / 2**20:.1f} MiB\n"
+        )
+        report(memory, everyone)
+    dist.destroy_process_group()
+
+
+def report(memory: list[Memory], everyone: list[Any]) -> None:
+    """Print the table; each row with its aim."""
+    for row in memory:
+        name = f"peak staging, budget {row.experts}{', direct' if row.direct else ''}"
+        line(name, f"{row.peak:,} of {row.budget:,} bytes", row.peak <= row.budget, "<= budget")
+    one = next(row for row in memory if row.experts == 1)
+    share = one.peak / (SLOTS * one.budget)
+    line("of a layer-sized staging, budget 1", f"{share:.3f}", share <= 1 / SLOTS, f"<= 1/{SLOTS}")
+    ratio = max(row.bytes_sent / row.least for row in memory)
+    line("bytes sent / minimum, worst", f"{ratio:.3f}", ratio <= 1.05, "<= 1.05")
+
+    ratios = []
+    for per_rank in zip(*(ways[0][3] for ways, _ in everyone), strict=True):
+        ours, bare = (max(rank[side] for rank in per_rank) for side in (0, 1))
+        ratios.append(ours / bare)
+        totals = ours, bare
+    ratio = statistics.median(ratios)
+    text = f"{ratio:.2f} (last: {1e3 * totals[0]:.0f} ms / {1e3 * totals[1]:.0f} ms)"
+    line("rebalance without overlap / bare isend", text, ratio <= 1.15, "<= 1.15")
+
+    hooks = [np.concatenate([ways[way][0] for ways, _ in everyone]) for way in (0, 1)]
+    for name, summary in (("mean", np.mean), ("p99", lambda x: np.percentile(x, 99))):
+        blocking, overlap = (float(summary(values)) for values in hooks)
+        text = f"{overlap / blocking:.2f} ({1e3 * overlap:.2f} ms / {1e3 * blocking:.2f} ms)"
+        line(f"hooks while migrating / blocking, {name}", text, overlap <= blocking / 5, "<= 1/5")
+
+    slowed = []
+    for way in (0, 1):
+        moving, quiet = (np.concatenate([w[way][part] for w, _ in everyone]) for part in (1, 2))
+        p99 = np.percentile(moving, 99) / np.percentile(quiet, 99)
+        slowed.append((float(p99), float(np.median(moving) / np.median(quiet))))
+    for index, name in enumerate(("p99", "median")):
+        blocking, overlap = (ratios[index] for ratios in slowed)
+        text = f"{overlap:.2f}, blocking {blocking:.2f}"
+        line(f"step while migrating / without, {name}", text, overlap < blocking, "lower")
+
+    idle = max(rank[1] for rank in everyone)
+    line("hook per step, nothing pending", f"{1e6 * idle:.1f} us", idle < 30e-6, "< 30 us")
+
+
+def line(name: str, value: str, met: bool, aim: str) -> None:
+    print(f"{name:<42}{value:<38}{aim:<11}{'met' if met else 'MISSED'}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
