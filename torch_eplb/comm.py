@@ -13,12 +13,13 @@ Under the ``fake`` backend both planes are fake groups: a gloo group cannot be m
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import itertools
 import json
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -285,32 +286,49 @@ def _ranges(ranks: Sequence[int]) -> str:
 
 
 class WorkWatcher:
-    """Tells, without blocking, whether a batch of P2P operations has finished.
+    """Starts a batch of P2P operations and tells, without blocking, whether it has finished.
 
-    gloo's point-to-point works never report completion before somebody waits for them, so a thread
-    waits in our place (the GIL is released meanwhile). Works of the other backends are asked.
+    With gloo a thread posts and waits in our place (the GIL is released meanwhile): gloo's
+    point-to-point works never report completion before somebody waits for them, and posting them
+    takes as long as the sockets' buffers and locks want, milliseconds for an expert. The other
+    backends are given their work at once, on the current stream, and are asked.
+
+    Args:
+        post: starts the operations and returns their works. Called once.
+        planes: gives backend and time limit.
+        what: names the operations in messages.
     """
 
-    def __init__(self, works: Iterable[dist.Work], planes: Planes, what: str) -> None:
-        self._works = [work for work in works if work is not None]
+    def __init__(
+        self, post: Callable[[], Iterable[dist.Work | None]], planes: Planes, what: str
+    ) -> None:
         self._planes = planes
         self._what = what
         self._deadline = time.monotonic() + planes.timeout
+        self._works: list[dist.Work] = []
         self._error: BaseException | None = None
-        self._thread: threading.Thread | None = None
-        if planes.backend == "gloo" and self._works:
-            self._thread = threading.Thread(
-                target=self._wait, name="torch_eplb-exchange", daemon=True
-            )
-            self._thread.start()
+        self._ended: threading.Event | None = None
+        if planes.backend == "gloo":
+            self._ended = threading.Event()
+            # Not threading.Thread, whose start() waits until the new thread has had a turn. Like a
+            # daemon thread it does not outlive the interpreter.
+            _thread.start_new_thread(self._run, (post, torch.is_inference_mode_enabled()))
+        else:
+            self._works = [work for work in post() if work is not None]
 
-    def _wait(self) -> None:
+    def _run(self, post: Callable[[], Iterable[dist.Work | None]], inference: bool) -> None:
+        assert self._ended is not None
         try:
-            for work in self._works:
-                left = max(self._deadline - time.monotonic(), 0.001)
-                work.wait(timedelta(seconds=left))
+            # The mode belongs to a thread, and tensors made in it may be written in it only.
+            with torch.inference_mode(inference):
+                for work in post():
+                    if work is not None:
+                        left = max(self._deadline - time.monotonic(), 0.001)
+                        work.wait(timedelta(seconds=left))
         except BaseException as error:
             self._error = error
+        finally:
+            self._ended.set()
 
     def finished(self) -> bool:
         """Whether all operations are complete.
@@ -318,8 +336,8 @@ class WorkWatcher:
         Raises:
             RuntimeError, TimeoutError: one failed, or the time limit is over.
         """
-        if self._thread is not None:
-            if self._thread.is_alive():
+        if self._ended is not None:
+            if not self._ended.is_set():
                 return False
             if self._error is not None:
                 raise EPLBError(str(self._error)) from self._error
@@ -332,10 +350,8 @@ class WorkWatcher:
 
     def wait(self) -> None:
         """Block until all operations are complete, or raise like `finished`."""
-        if self._thread is not None:
-            self._thread.join(self._planes.timeout + 1.0)
-            if self._thread.is_alive():
-                raise TimeoutError(f"{self._what} took longer than {self._planes.timeout:g} s")
+        if self._ended is not None and not self._ended.wait(self._planes.timeout + 1.0):
+            raise TimeoutError(f"{self._what} took longer than {self._planes.timeout:g} s")
         while not self.finished():
             time.sleep(0.0002)
 

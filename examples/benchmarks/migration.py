@@ -343,7 +343,6 @@ def run(rank: int, rendezvous: str, args: argparse.Namespace) -> None:
         for _ in range(args.cycles):
             blocking.run_cycle(traffic, bare)
             overlap.run_cycle(traffic, None)
-    # What both ranks measured counts alike, but for a rebalance, which ends when the last rank does.
     everyone: list[Any] = [None] * RANKS
     mine = [
         (s.migrating_hooks, s.migrating_steps, s.quiet_steps, s.rebalances)

@@ -9,16 +9,20 @@ within one run, one forward each, so that whatever else the machine does slows a
     unbalanced  skewed traffic, experts never move
     balanced    skewed traffic, balanced by torch_eplb; measured after the first rebalance
     ideal       a perfectly balanced router, experts never move
+
+Tokens per second are by the clock on the wall. They mean something where each rank has a core of
+its own; where it has not, the CPU seconds of the busiest rank say how long a step would take.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -97,9 +101,9 @@ def run(rank: int, rendezvous: str, args: argparse.Namespace) -> None:
         return choose(skewed, generator)
 
     services = {
-        "unbalanced": lambda: timed(still, hidden, skewed_router()),
-        "balanced": lambda: timed(moving, hidden, skewed_router()),
-        "ideal": lambda: timed(still, hidden, even_router(args)),
+        "unbalanced": lambda: measure(still, hidden, skewed_router()),
+        "balanced": lambda: measure(moving, hidden, skewed_router()),
+        "ideal": lambda: measure(still, hidden, even_router(args)),
     }
     with still, moving, torch.inference_mode():
         until_rebalanced(moving, services["balanced"])
@@ -115,7 +119,7 @@ def run(rank: int, rendezvous: str, args: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def until_rebalanced(balancer: torch_eplb.ExpertLoadBalancer, serve: Callable[[], float]) -> None:
+def until_rebalanced(balancer: torch_eplb.ExpertLoadBalancer, serve: Callable[[], Cost]) -> None:
     for _ in range(100):
         serve()
         if balancer.stats().rebalances:
@@ -143,22 +147,32 @@ def even_router(args: argparse.Namespace) -> Tensor:
     return index.view(1, args.tokens, TOP_K).expand(args.layers, -1, -1)
 
 
-def timed(model: nn.Module, hidden: Tensor, top_k_index: Tensor) -> float:
-    """Seconds until the last rank has its output."""
+class Cost(NamedTuple):
+    """Of one forward."""
+
+    seconds: float  # until the last rank has its output
+    busiest: float  # CPU seconds of the rank that used most
+
+
+def measure(model: nn.Module, hidden: Tensor, top_k_index: Tensor) -> Cost:
     dist.barrier()
-    begin = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     model(hidden, top_k_index)
-    dist.barrier()
-    return time.perf_counter() - begin
+    used = torch.tensor(time.process_time() - cpu, dtype=torch.float64)
+    dist.all_reduce(used, op=dist.ReduceOp.MAX)
+    return Cost(time.perf_counter() - wall, used.item())
 
 
-def report(turns: list[dict[str, float]], tokens: int) -> None:
+def report(turns: list[dict[str, Cost]], tokens: int) -> None:
     """Medians over the turns; ratios are formed within a turn."""
-    print(f"{'':12s}{'tokens/s':>10s}{'of ideal':>10s}")
+    print(f"{'':12s}{'tokens/s':>10s}{'of ideal':>10s}{'busiest rank':>16s}{'of ideal':>10s}")
     for name in turns[0]:
-        rate = tokens / statistics.median(turn[name] for turn in turns)
-        share = statistics.median(turn["ideal"] / turn[name] for turn in turns)
-        print(f"{name:12s}{rate:10.0f}{share:10.1%}")
+        costs, ideals = [t[name] for t in turns], [t["ideal"] for t in turns]
+        rate = tokens / median(cost.seconds for cost in costs)
+        share = median(i.seconds / c.seconds for c, i in zip(costs, ideals, strict=True))
+        busiest = median(cost.busiest for cost in costs)
+        busy_share = median(i.busiest / c.busiest for c, i in zip(costs, ideals, strict=True))
+        print(f"{name:12s}{rate:10.0f}{share:10.1%}{busiest:10.3f} CPU s{busy_share:10.1%}")
 
 
 if __name__ == "__main__":

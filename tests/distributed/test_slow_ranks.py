@@ -137,7 +137,7 @@ def always_a_step_behind(rank: int, world_size: int, verify: bool) -> list[tuple
 def test_a_rank_that_is_a_step_behind_holds_nobody_up(verify: bool) -> None:
     ahead, behind = run_ranks(always_a_step_behind, 2, verify)
     assert ahead == behind
-    assert len(steps_of_commits(ahead)) >= 3
+    assert len(steps_of_commits(ahead)) >= 2
 
 
 def bytes_per_round(

@@ -38,6 +38,7 @@ from torch_eplb.routing import (
     choose_from_table,
     choose_locally,
     count_hits,
+    order_by_id,
     plan_dispatch,
 )
 
@@ -162,7 +163,7 @@ class AllToAll(Dispatch):
             slots = torch.arange(self.state.num_slots, device=ids_TK.device)
             local_ids = torch.repeat_interleave(
                 slots.repeat(self.state.planes.num_ranks),
-                receive_RS.reshape(-1),
+                receive_RS.reshape(-1).to(ids_TK.device, non_blocking=True),
                 output_size=num_received,
             )
         shape = self.layer.arguments.get(self.layer.spec.hidden_states, args, kwargs).shape
@@ -173,7 +174,11 @@ class AllToAll(Dispatch):
         return self._replace(args, kwargs, *_never_empty(rows, local_ids.view(-1, 1), ones))
 
     def _route(self, ids_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The order in which choices are sent, and how many go to and come for every slot."""
+        """The order in which choices are sent, and how many go to and come for every slot.
+
+        The order is on the device; for ``replica_choice="batch"`` the counts are on the host, where
+        the split sizes are needed anyway.
+        """
         state, planes, tables = self.state, self.state.planes, self.state.tables
         if state.replica_choice == "batch":
             hits_E = count_hits(ids_TK, self.layer.num_experts)
@@ -181,18 +186,17 @@ class AllToAll(Dispatch):
                 ids_TK,
                 all_gather_counts(hits_E, planes),
                 planes.rank,
-                tables.slots_LEM[self.index],
+                tables.host_slots_LEM[self.index],
                 planes.num_ranks,
                 state.num_slots,
                 tables.topology.ranks_per_node,
             )
-            state.counters.add(self.index, hits_E, send_RS.sum(1))
+            state.counters.add(self.index, hits_E, send_RS.sum(1).to(ids_TK.device))
             return order_N, send_RS, receive_RS
         physical_N = self._choose(ids_TK).view(-1)
         send_RS = count_hits(physical_N, planes.num_ranks * state.num_slots)
         send_RS = send_RS.view(planes.num_ranks, state.num_slots)
-        order_N = torch.argsort(physical_N, stable=True)
-        return order_N, send_RS, exchange_counts(send_RS, planes)
+        return order_by_id(physical_N), send_RS, exchange_counts(send_RS, planes)
 
     @_outside_graphs
     def after(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:

@@ -140,13 +140,17 @@ class Exchange:
 
         Raises:
             RuntimeError: the backend refused, for instance because a peer's connection is gone.
+                With gloo it is `finished` that raises.
         """
         with _on_stream(self._stream, self._planes.device):
             operations = self.operations(transfers)
             if self.on_post is not None:
                 self.on_post(round_index, operations)
-            works = dist.batch_isend_irecv(operations) if operations else []
-        self._watcher = WorkWatcher(works, self._planes, f"round {round_index}")
+            self._watcher = WorkWatcher(
+                lambda: dist.batch_isend_irecv(operations) if operations else (),
+                self._planes,
+                f"round {round_index}",
+            )
 
     def finished(self) -> bool:
         """Whether this rank's sends and receives are complete.

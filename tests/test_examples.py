@@ -1,0 +1,67 @@
+"""Every example runs, in its short form, and says what it is meant to say."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*arguments: str, timeout: float = 240.0, cwd: Path = ROOT) -> str:
+    """The output of ``python arguments...``; the test fails if it fails or takes too long."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        output, _ = process.communicate()
+        pytest.fail(f"{arguments} took longer than {timeout:g} s:\n{output}")
+    assert process.returncode == 0, output
+    return output
+
+
+def test_the_main_job_balances_a_trained_model_and_its_tokens_are_equal(tmp_path: Path) -> None:
+    output = run("examples/serve_moe.py", "--short", "--out", str(tmp_path))
+    assert re.search(r"greedy tokens.*equal", output, re.IGNORECASE), output
+    pictures = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert len(pictures) == 2, pictures
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("examples/benchmarks/throughput.py", "--short"),
+        ("examples/benchmarks/hot_path.py", "--short"),
+        ("examples/benchmarks/migration.py", "--short"),
+        ("examples/benchmarks/schedule.py", "--quick"),
+        ("examples/benchmarks/planning.py", "--short"),
+    ],
+    ids=lambda arguments: Path(arguments[0]).stem,
+)
+def test_a_benchmark_runs_in_its_short_form(arguments: tuple[str, ...]) -> None:
+    output = run(*arguments)
+    assert len(output.splitlines()) > 3
+
+
+def test_the_command_line_simulates_the_shipped_trace() -> None:
+    output = run(
+        *("-m", "torch_eplb", "simulate", "examples/data/trace.npz", "--ranks", "8"),
+        *("--redundant", "8", "--steps", "150", "--policy", "flow"),
+    )
+    assert "flow" in output
+    assert "none" in output
