@@ -47,7 +47,7 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> bool:
     """Serves, reports on rank 0, and returns whether all greedy tokens were as they must be."""
-    text = streams_of(args.text) if args.text else builtin_streams(held_out=True, limit=200_000)
+    text = args.streams or builtin_streams(held_out=True, limit=200_000)
     reference = load_model()
     begin = time.perf_counter()
     with wrapped(load_model(), args) as balancer:
@@ -149,7 +149,11 @@ def start_ranks() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--text", type=Path, nargs="+", help="files or folders to serve; each is one kind of text"
+        "--text",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="files or folders to serve; each is one kind of text",
     )
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the pictures")
     parser.add_argument("--steps", type=int, default=240, help="batches that each rank serves")
@@ -157,6 +161,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--short", action="store_true", help="some seconds, for a quick check")
     args = parser.parse_args()
+    try:
+        args.streams = streams_of(args.text)
+    except (OSError, ValueError) as error:
+        parser.error(f"--text: {error}")
     args.batch, args.length, args.collect = 8, 128, 20
     if args.short:
         args.steps, args.batch, args.collect = 60, 4, 8

@@ -7,7 +7,8 @@
       |   post-hook of a layer   bring the results back, weight and sum them
       v   ... next layer
 
-This room knows all others; they do not know each other.
+This room puts the others together; which of them may know which is in the README's architecture
+section.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,13 +26,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from torch_eplb import clock
+from torch_eplb import checkpoint, clock
 from torch_eplb.comm import Planes
 from torch_eplb.config import PHASES, Config
 from torch_eplb.cycle import RebalanceCycle
 from torch_eplb.errors import EPLBError
 from torch_eplb.expert_map import write_expert_map
-from torch_eplb.layers.dispatch import Dispatch, RoutingState, make_dispatch
+from torch_eplb.layers.dispatch import BoundToRanks, Dispatch, RoutingState, make_dispatch
 from torch_eplb.layers.experts import ExpertLayer
 from torch_eplb.layers.gather import gather_layer
 from torch_eplb.metrics import Stats
@@ -94,7 +95,7 @@ def wrap(
     return ExpertLoadBalancer(prepare(model, process_group, kwargs))
 
 
-class ExpertLoadBalancer(nn.Module):
+class ExpertLoadBalancer(BoundToRanks, nn.Module):
     """A model whose experts are sharded and balanced; made by `wrap`.
 
     Its forward is the model's. Unknown attributes are looked up on the model. The hooks sit on the
@@ -302,6 +303,60 @@ class ExpertLoadBalancer(nn.Module):
         slot = int(np.flatnonzero(here)[0])
         names, tensors = self._layers[layer].tensor_names, self._layers[layer].tensors()
         return {name: tensor[slot] for name, tensor in zip(names, tensors, strict=True)}
+
+    # ---- state --------------------------------------------------------------------------------
+
+    def state_dict(
+        self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> Any:
+        """The unwrapped model's state dict: its own keys, all experts in logical order.
+
+        Collective; every rank gets it. ``torch_eplb.checkpoint.full_state_dict`` has more options
+        (rank 0 only, in host memory). ``balancer.module.state_dict()`` is this rank's own memory
+        instead, with one entry per slot.
+        """
+        state = checkpoint.full_state_dict(self, prefix=prefix, keep_vars=keep_vars)
+        if destination is None:
+            return state
+        destination.update(state)
+        if hasattr(destination, "_metadata"):
+            destination._metadata.update(getattr(state, "_metadata", {}))
+        return destination
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load the unwrapped model's state dict into every replica of the present placement.
+
+        Collective; see `torch_eplb.checkpoint.load_full_state_dict`.
+        """
+        return checkpoint.load_full_state_dict(self, state_dict, strict=strict, assign=assign)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # Called by a module that contains this one and is being loaded.
+        assign = bool(local_metadata.get("assign_to_params_buffers", False))
+        missing, unexpected = checkpoint.load_nested(self, state_dict, prefix, assign)
+        missing_keys += missing
+        unexpected_keys += unexpected
+
+    def _drain(self) -> None:
+        """Let nothing be in flight that could write weights. Collective."""
+        if self._closed or self._failed or self._cycle.disabled is not None:
+            return
+        try:
+            self._cycle.drain(self._step)
+        except EPLBError:
+            self._failed = True
+            raise
 
     # ---- the end ------------------------------------------------------------------------------
 

@@ -193,10 +193,11 @@ def _simulate(arguments: argparse.Namespace) -> None:
     if arguments.json is not None:
         check_target(arguments.json, "JSON")
     document = _replayed(arguments, arguments.trace)
-    print(format_table(document))
+    # The file first: a closed pipe (| head) ends the program when it prints.
     if arguments.json is not None:
         with atomic_write(arguments.json, "JSON") as file:
             file.write(json.dumps(document).encode())
+    print(format_table(document))
 
 
 def format_table(document: dict[str, Any]) -> str:

@@ -83,7 +83,8 @@ class Config:
     """Least gain of mean PAR that a moved expert must bring (policy "flow"). None: its default."""
 
     target_par: float | None = None
-    """No expert moves in a layer whose predicted PAR is below this. None: the policy's default."""
+    """No expert moves in a layer whose predicted PAR is below this (policy "flow"). None: its
+    default."""
 
     max_moves: int | None = None
     """Most experts moved per layer and rebalance (policy "flow"). None: no bound."""

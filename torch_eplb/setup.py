@@ -129,6 +129,11 @@ def _inspect(model: nn.Module, num_ranks: int, rank: int, kwargs: dict[str, Any]
                 'dispatch="external" can balance it'
             )
         for name, tensor in zip(layer.tensor_names, layer.tensors(), strict=True):
+            if tensor.is_meta:
+                raise ValueError(
+                    f"{layer.name}.{name} is on the meta device: it has no weights to shard. Give "
+                    "the model its memory and weights before wrapping it"
+                )
             if tensor.device != device:
                 raise ValueError(
                     f"experts must be on one device, but {layer.name}.{name} is on "

@@ -182,6 +182,13 @@ def test_what_does_not_fit_the_model_is_refused_with_numbers(
         torch_eplb.wrap(ToyModel(), **options)
 
 
+def test_a_model_without_memory_is_refused() -> None:
+    with torch.device("meta"):
+        model = ToyModel()
+    with fake_process_group(world_size=2), pytest.raises(ValueError, match="on the meta device"):
+        torch_eplb.wrap(model)
+
+
 def test_sharded_experts_need_a_layer_that_dispatches_by_itself() -> None:
     from torch_eplb.layers.spec import register_layer
 

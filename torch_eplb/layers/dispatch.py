@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import nn
@@ -54,7 +54,7 @@ def _outside_graphs(hook: _Hook) -> _Hook:
     return hook
 
 
-__all__ = ["Dispatch", "RoutingState", "make_dispatch"]
+__all__ = ["BoundToRanks", "Dispatch", "RoutingState", "make_dispatch"]
 
 
 @dataclass
@@ -75,7 +75,27 @@ class RoutingState:
     num_slots: int
 
 
-class Dispatch:
+class BoundToRanks:
+    """Refuses to be copied and pickled: process groups and peers cannot be.
+
+    Hooks are bound methods, so copying a wrapped model comes by here as well.
+    """
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        self._refuse("copied")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        self._refuse("pickled or copied")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise TypeError(
+            f"a model that is wrapped by torch_eplb cannot be {what}: it belongs to the process "
+            "groups of this process. Call unwrap() first to copy the plain model, or save and load "
+            "balancer.state_dict()"
+        )
+
+
+class Dispatch(BoundToRanks):
     """Hooks on one experts module. Subclasses say how tokens travel."""
 
     def __init__(self, layer: ExpertLayer, index: int, state: RoutingState) -> None:

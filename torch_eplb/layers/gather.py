@@ -1,15 +1,21 @@
-"""Full experts from sharded ones."""
+"""Full experts from sharded ones.
+
+Experts travel one by one, each from one of its replicas to every rank, straight to where they are
+to stay. So nothing is needed besides the result, or, where experts must not stay on the device or
+not on this rank at all, besides one expert's tensor.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 
-from torch_eplb.comm import Planes, all_gather_single, wait_for
+from torch_eplb.comm import Planes, wait_for
 from torch_eplb.layers.experts import ExpertLayer, byte_view
 
-__all__ = ["gather_layer"]
+__all__ = ["empty_full", "gather_layer", "gather_tensor"]
 
 
 def gather_layer(
@@ -25,21 +31,77 @@ def gather_layer(
         experts: ``[ranks, slots]``, the logical expert in every slot.
         live: ``[ranks, slots]``, False where a slot's content is not to be used.
         planes: gives the group.
+
+    Raises:
+        PeerLostError: a rank did not come within the time limit.
     """
-    held = np.where(live, experts, -1).reshape(-1)
-    source = [int(np.flatnonzero(held == e)[0]) for e in range(layer.num_experts)]
     full = []
     for tensor in layer.tensors():
-        num_slots = tensor.shape[0]
-        own = torch.stack([byte_view(tensor[slot]) for slot in range(num_slots)])
-        everyone = own.new_empty((planes.num_ranks * num_slots, own.shape[1]))
-        work = all_gather_single(everyone, own, group=planes.group, async_op=True)
-        wait_for(work, planes, "gathering the experts")
-        shape = (layer.num_experts, *tensor.shape[1:])
-        stride = (tensor[0].numel(), *tensor.stride()[1:])
-        with torch.inference_mode(False):
-            result = torch.empty_strided(shape, stride, dtype=tensor.dtype, device=tensor.device)
-        for expert, physical in enumerate(source):
-            byte_view(result[expert]).copy_(everyone[physical])
+        result = empty_full(tensor, layer.num_experts, tensor.device)
+        gather_tensor(tensor, experts, live, planes, result)
         full.append(result)
     return full
+
+
+def gather_tensor(
+    tensor: torch.Tensor,
+    experts: NDArray[np.int32],
+    live: NDArray[np.bool_],
+    planes: Planes,
+    result: torch.Tensor | None,
+) -> None:
+    """Fill ``result`` with one expert-indexed tensor in logical order. Collective.
+
+    A broadcast per expert, also where only one rank wants them: point-to-point operations would
+    open connections (with NCCL and HCCL: buffers) that the model's group may not have.
+
+    Args:
+        tensor: ``[slots, ...]``, this rank's.
+        experts, live, planes: see `gather_layer`.
+        result: ``[experts, ...]`` with the strides of `empty_full`, on any device, or None to pass
+            the experts on and keep none. May differ between ranks.
+
+    Raises:
+        PeerLostError: a rank did not come within the time limit.
+    """
+    held = np.where(live, experts, -1)
+    in_place = result is not None and result.device == tensor.device
+    scratch: torch.Tensor | None = None
+    pending: list[dist.Work | None] = []
+    for expert in range(int(experts.max()) + 1):
+        owner, slot = np.argwhere(held == expert)[0].tolist()
+        target = byte_view(result[expert]) if result is not None else None
+        if owner == planes.rank:
+            parcel = byte_view(tensor[slot])
+            if target is not None:
+                target.copy_(parcel)
+        elif in_place:
+            assert target is not None
+            parcel = target
+        else:
+            if scratch is None:
+                with torch.inference_mode(False):
+                    scratch = torch.empty_like(byte_view(tensor[0]))
+            parcel = scratch
+        pending.append(
+            dist.broadcast(parcel, planes.global_ranks[owner], group=planes.group, async_op=True)
+        )
+        if parcel is scratch:
+            _finish(pending, planes)
+            if target is not None:
+                target.copy_(scratch)
+    _finish(pending, planes)
+
+
+def empty_full(tensor: torch.Tensor, num_experts: int, device: torch.device) -> torch.Tensor:
+    """Uninitialised ``[experts, ...]`` where each expert has the strides it has in ``tensor``."""
+    stride = (tensor[0].numel(), *tensor.stride()[1:])
+    with torch.inference_mode(False):
+        shape = (num_experts, *tensor.shape[1:])
+        return torch.empty_strided(shape, stride, dtype=tensor.dtype, device=device)
+
+
+def _finish(pending: list[dist.Work | None], planes: Planes) -> None:
+    for work in pending:
+        wait_for(work, planes, "gathering the experts")
+    pending.clear()

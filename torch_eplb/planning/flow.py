@@ -79,9 +79,12 @@ _STEPS = 64
 _STEPS_PER_ROUND = 12
 _ROUNDS = 8
 
-_WORK = 1 << 26
-"""Search steps of all layers cost about this many operations at most, per plan: what is left
-undone then is left to the next rebalance."""
+_CUTS_COST = 3
+"""What finding a layer's cuts costs, in search steps."""
+
+_WORK = 1 << 29
+"""Numbers that searching by cuts may look at per plan, about: under a second's worth. What is then
+left undone is left to the next rebalance, worst layers first."""
 
 _NEARLY = 0.97
 """Sets with less than this per rank, in units of the mean, do not bind."""
@@ -198,10 +201,11 @@ class _Task:
         trust = dict.fromkeys(searches, _STEPS_PER_ROUND)
         tried = np.array(experts)
         live = list(searches)
-        cost = 4 * self.x.shape[0] * self.num_experts * self.num_ranks
-        budget = max(_WORK // cost, 2 * len(searches))
+        step_cost = 4 * self.x.shape[0] * self.num_experts * self.num_ranks
+        budget = max(_WORK // step_cost, 2 * len(searches))
         for turn in range(_ROUNDS + 1):
             values, cuts = binding_cuts(self.x[:, live], tried[live])
+            budget -= _CUTS_COST * len(live)
             pending = []
             for layer, now, sets in zip(live, values, cuts, strict=True):
                 search = searches[layer]
@@ -222,7 +226,7 @@ class _Task:
                 if turn == _ROUNDS or budget <= 0:
                     break
                 used = searches[layer].run(judges[layer], self.knobs.target_par, trust[layer])
-                budget -= used + 1
+                budget -= used
                 tried[layer] = searches[layer].experts(self.num_slots)
                 if used:
                     live.append(layer)

@@ -34,6 +34,9 @@ _PAIRS = 6144
 """Pairs whose first-order gain is looked at, about: sets how many experts (or slots, in a swap)
 are considered as the one to leave a peak, the most promising first."""
 
+_TOGETHER = 32
+"""Changes that are considered for being made in one step."""
+
 _NEARLY = 0.02
 """How far below the peak, in units of PAR, a pressure still matters for what is tried."""
 
@@ -147,7 +150,8 @@ class Search:
         experts are still exact. Returns the new pressures, None if nothing pays.
         """
         made = None
-        order = np.arange(len(net))
+        order = np.argsort(-net, kind="stable")[:_TOGETHER]
+        net = net[order]
         while len(order) and net.max() > _LEAST:
             best = order[net.argmax()]
             self._apply(changes, int(best))
