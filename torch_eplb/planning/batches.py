@@ -281,7 +281,7 @@ def tightest_cuts(
         the bound ``[layers, samples]``; what the set of the k + 1 most loaded ranks has per rank,
         ``[layers, R, samples]`` by k; each rank's place, most loaded first, in the same shape.
     """
-    layers, ranks, samples = loads.shape
+    _layers, ranks, samples = loads.shape
     order = np.argsort(-loads, axis=1)
     place = np.empty_like(order)
     np.put_along_axis(place, order, np.arange(ranks)[None, :, None], axis=1)

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torch_eplb.placement import Placement
+from torch_eplb.planning import swift
 from torch_eplb.planning.batches import Replicas, solve_batches, tightest_cuts
 from torch_eplb.planning.deepseek import groups_on_nodes, node_bound, place
 from torch_eplb.planning.judges import CutJudge, EvenJudge, Judge, all_sets
@@ -79,10 +80,13 @@ _STEPS = 64
 _STEPS_PER_ROUND = 12
 _ROUNDS = 8
 
+_FAR = 1.2
+"""Mean PAR above which a layer starts from the moves of "swift"."""
+
 _CUTS_COST = 3
 """What finding a layer's cuts costs, in search steps."""
 
-_WORK = 1 << 29
+_WORK = 3 << 27
 """Numbers that searching by cuts may look at per plan, about: under a second's worth. What is then
 left undone is left to the next rebalance, worst layers first."""
 
@@ -202,10 +206,11 @@ class _Task:
         tried = np.array(experts)
         live = list(searches)
         step_cost = 4 * self.x.shape[0] * self.num_experts * self.num_ranks
-        budget = max(_WORK // step_cost, 2 * len(searches))
+        budget = max(_WORK // step_cost, 3 * len(searches))
+        self._leap(searches, tried)
         for turn in range(_ROUNDS + 1):
             values, cuts = binding_cuts(self.x[:, live], tried[live])
-            budget -= _CUTS_COST * len(live)
+            budget -= _CUTS_COST * len(live) if turn else 0
             pending = []
             for layer, now, sets in zip(live, values, cuts, strict=True):
                 search = searches[layer]
@@ -232,6 +237,29 @@ class _Task:
                     live.append(layer)
             if not live:
                 return
+
+    def _leap(self, searches: dict[int, Search], tried: Placed) -> None:
+        """Start layers that are far from balance from the moves of "swift", if those pay.
+
+        The search makes better moves, but takes its time over each.
+        """
+        layers = np.array(list(searches))
+        before = binding_cuts(self.x[:, layers], tried[layers])[0]
+        layers, before = layers[before > _FAR], before[before > _FAR]
+        if not len(layers):
+            return
+        start = Placement(tried[layers], self.num_experts)
+        topology = self.topology or Topology(self.num_ranks)
+        leap = start.align(swift.plan(self.x[:, layers], start, topology)).experts
+        after = binding_cuts(self.x[:, layers], leap)[0]
+        for index, layer in enumerate(layers.tolist()):
+            search = searches[layer]
+            search.reset(leap[index])
+            pays = before[index] - after[index] > self.knobs.min_gain * search.moved
+            if pays and search.moved <= search.most:
+                tried[layer] = leap[index]
+            else:
+                search.reset(tried[layer])
 
 
 def binding_cuts(x: Floats, experts: Placed) -> tuple[Floats, list[Bools]]:

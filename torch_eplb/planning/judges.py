@@ -102,7 +102,10 @@ class CutJudge:
 
     def with_sets(self, sets: Bools) -> CutJudge:
         """A judge that knows ``sets`` as well."""
-        return CutJudge(np.unique(np.concatenate((self.sets, sets)), axis=0))
+        known = {row.tobytes() for row in np.packbits(self.sets, axis=1)}
+        packed = [row.tobytes() for row in np.packbits(sets, axis=1)]
+        new = [index for index, key in enumerate(packed) if key not in known]
+        return CutJudge(np.concatenate((self.sets, sets[new]))) if new else self
 
     def weights(self, held: Floats) -> Floats:
         return (held @ self.away.T == 0) * self.scale
