@@ -131,11 +131,9 @@ class Memory:
     least: int
 
 
-def measure_memory(
-    device: torch.device, hidden: int, width: int, experts: int, direct: bool, times: int
-) -> Memory:
+def measure_memory(device: torch.device, experts: int, direct: bool, times: int) -> Memory:
     """Move a model's experts to random placements under an observer, and check where they end."""
-    model = Model(hidden, width, device)
+    model = Model(512, 256, device)
     layers = find_layers(model)
     full = [[tensor.clone() for tensor in layer.tensors()] for layer in layers]
     expert_bytes = layers[0].expert_bytes
@@ -309,10 +307,10 @@ def synchronize(device: torch.device) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--width", type=int, default=512, help="of an expert; 6 MiB by default")
-    parser.add_argument("--tokens", type=int, default=256, help="per rank and forward")
-    parser.add_argument("--cycles", type=int, default=8, help="rebalances of each way")
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--width", type=int, default=512, help="of an expert; 12 MiB by default")
+    parser.add_argument("--tokens", type=int, default=128, help="per rank and forward")
+    parser.add_argument("--cycles", type=int, default=6, help="rebalances of each way")
     parser.add_argument("--collect", type=int, default=12, help="steps before each rebalance")
     parser.add_argument("--short", action="store_true", help="some seconds, for a quick check")
     args = parser.parse_args()
@@ -331,14 +329,15 @@ def run(rank: int, rendezvous: str, args: argparse.Namespace) -> None:
     dist.init_process_group(None, rendezvous, rank=rank, world_size=RANKS)
     times = 1 if args.short else 3
     memory = [
-        measure_memory(device, args.hidden, args.width, experts, direct, times)
+        measure_memory(device, experts, direct, times)
         for direct in (False, True)
         for experts in BUDGETS
     ]
     idle = idle_hook_seconds(device, 400 if args.short else 2000)
     blocking, overlap = (wrapped(args, device, overlap) for overlap in (False, True))
     traffic = Traffic(device, args.tokens, args.hidden, rank)
-    bare = BareTransfers(device, LAYERS * SLOTS * blocking.balancer.stats().staging_bytes)
+    # A round moves experts of one layer, so a rank receives at most one for each slot.
+    bare = BareTransfers(device, SLOTS * blocking.balancer.stats().staging_bytes)
     with blocking.balancer, overlap.balancer, torch.inference_mode():
         for _ in range(args.cycles):
             blocking.run_cycle(traffic, bare)

@@ -1,4 +1,4 @@
-"""State in logical order, whatever the placement: saved, loaded while experts move, carried over."""
+"""State in logical order, whatever the placement: saved, and loaded while experts move."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def saved(rank: int, world_size: int, redundant: int) -> int:
     return balancer.stats().experts_moved
 
 
-@pytest.mark.parametrize(("world_size", "redundant"), [(2, 0), (2, 4), (3, 1)])
+@pytest.mark.parametrize(("world_size", "redundant"), [(2, 0), (3, 4)])
 def test_the_state_dict_is_the_unwrapped_models_whatever_the_placement(
     world_size: int, redundant: int
 ) -> None:
@@ -118,18 +118,19 @@ class PeakBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.peak = 0
-        self._alive: dict[int, int] = {}
+        self._alive = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and func.namespace == "aten" and not func.is_view:
-            if "empty" in str(func) or "clone" in str(func) or "copy" in str(func).split(".")[-1]:
-                storage = result.untyped_storage()
-                if storage.data_ptr() not in self._alive and "copy_" not in str(func):
-                    self._alive[storage.data_ptr()] = storage.nbytes()
-                    weakref.finalize(result, self._alive.pop, storage.data_ptr(), None)
-                    self.peak = max(self.peak, sum(self._alive.values()))
+        if any(word in func.overloadpacket.__name__ for word in ("empty", "clone", "cat", "stack")):
+            nbytes = result.untyped_storage().nbytes()
+            self._count(nbytes)
+            weakref.finalize(result, self._count, -nbytes)
         return result
+
+    def _count(self, nbytes: int) -> None:
+        self._alive += nbytes
+        self.peak = max(self.peak, self._alive)
 
 
 def rank_0_only(rank: int, world_size: int) -> tuple[int, int]:
@@ -203,7 +204,6 @@ def moved_shape(balancer: torch_eplb.ExpertLoadBalancer) -> tuple[int, int, int,
 @pytest.mark.parametrize(
     ("world_size", "options"),
     [
-        (2, {"num_redundant_experts": 4}),
         (2, {"num_redundant_experts": 4, "verify": True}),
         (3, {"num_redundant_experts": 4, "direct": False}),
     ],
@@ -294,7 +294,7 @@ class Outer(nn.Module):
         return self.norm(self.part(x))
 
 
-def nested(rank: int, world_size: int, assign: bool) -> None:
+def nested(rank: int, world_size: int) -> None:
     outer, new = Outer(0).eval(), Outer(1).eval()
     reference = copy.deepcopy(outer).state_dict()
     outer.part = balancer = wrap(outer.part, num_redundant_experts=2)
@@ -302,12 +302,17 @@ def nested(rank: int, world_size: int, assign: bool) -> None:
         serve_until(lambda: in_flight(balancer), balancer, rank)
         assert_same(outer.state_dict(), reference)
         live = balancer.module.inner.layers[0].experts.down_proj
-        keys = outer.load_state_dict(new.state_dict(), assign=assign)
+        keys = outer.load_state_dict(new.state_dict())
         assert not keys.missing_keys
         assert not keys.unexpected_keys
         assert balancer.module.inner.layers[0].experts.down_proj is live
         assert_same(outer.state_dict(), new.state_dict())
         x = skewed_batch(8, 16, rank)
+        torch.testing.assert_close(outer(x), new(x), **CLOSE)
+        # With assign, experts are written in place as always.
+        new = Outer(2).eval()
+        outer.load_state_dict(new.state_dict(), assign=True)
+        assert balancer.module.inner.layers[0].experts.down_proj is live
         torch.testing.assert_close(outer(x), new(x), **CLOSE)
         some = dict(list(new.state_dict().items())[1:])
         missing = outer.load_state_dict({**some, "part.other": x}, strict=False)
@@ -316,9 +321,8 @@ def nested(rank: int, world_size: int, assign: bool) -> None:
     balancer.close()
 
 
-@pytest.mark.parametrize("assign", [False, True])
-def test_a_wrapped_part_of_a_model_is_saved_and_loaded_with_the_whole(assign: bool) -> None:
-    run_ranks(nested, 2, assign)
+def test_a_wrapped_part_of_a_model_is_saved_and_loaded_with_the_whole() -> None:
+    run_ranks(nested, 2)
 
 
 # ---- copying ------------------------------------------------------------------------------------
@@ -330,7 +334,7 @@ def test_copying_and_pickling_are_refused_with_the_remedy() -> None:
         balancer = torch_eplb.wrap(model)
         for thing in (balancer, balancer.module, balancer.module.layers[0].experts):
             for way in (copy.deepcopy, pickle.dumps):
-                with pytest.raises(TypeError, match=r"unwrap\(\) .* state_dict\(\)"):
+                with pytest.raises(TypeError, match=r"unwrap\(\) .*state_dict\(\)"):
                     way(thing)
         with pytest.raises(TypeError, match=r"unwrap\(\)"):
             copy.copy(balancer)
