@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog
 
 from torch_eplb.placement import Placement
+from torch_eplb.planning.batches import level
 from torch_eplb.planning.plan import Topology
 from torch_eplb.planning.policies import make_policy
 from torch_eplb.planning.split import (
@@ -135,6 +136,14 @@ def test_empty_and_huge_batches_are_split(load: NDArray[np.float64]) -> None:
     assert np.allclose(loads.sum(axis=2), load.sum(axis=2))
     assert np.allclose(par(loads), 1.0)
     assert np.isfinite(solve_split(load, placement)).all()
+
+
+def test_a_floor_at_the_water_level_does_not_come_and_go_for_ever() -> None:
+    # The level of all three floors rounds to just above the second floor, that of the other two
+    # to just below it.
+    floor = np.array([[102.66666666666666], [136.66666666666669], [135.66666666666669]])
+    parts = level(np.array([[35.0]]), floor, ((3, 1),))
+    assert np.allclose(parts[:, 0], [34.0, 0.0, 1.0])
 
 
 def test_many_samples_are_split_as_they_are_one_by_one() -> None:

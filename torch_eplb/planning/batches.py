@@ -141,18 +141,20 @@ def _level_many(total: Floats, floor: Floats, out: Floats) -> None:
     lowers it towards the answer from above (Michelot 1986); at most ``size`` rounds.
     """
     size = floor.shape[1]
-    height = (total + floor.sum(axis=1)) / size
+    # The level is at least the lowest floor, which rounding must not leave dry.
+    low = floor.min(axis=1)
+    height = np.maximum((total + floor.sum(axis=1)) / size, low)
     wet = size * height.size
-    while True:
+    for _ in range(size):
         below = floor <= height[:, None]
-        # Without tokens the level falls to the lowest floor, and rounding may leave none below.
-        count = np.maximum(below.sum(axis=1), 1)
+        count = below.sum(axis=1)
         now = int(count.sum())
         if now == wet:
             break
         wet = now
-        height = (total + np.where(below, floor, 0.0).sum(axis=1)) / count
-        height = np.maximum(height, floor.min(axis=1))
+        lower = (total + np.where(below, floor, 0.0).sum(axis=1)) / count
+        # Never upwards: rounding would bring a floor that lies at the level back, for ever.
+        height = np.maximum(np.minimum(lower, height), low)
     np.maximum(height[:, None] - floor, 0.0, out=out)
 
 
