@@ -312,15 +312,15 @@ class WorkWatcher:
             self._ended = threading.Event()
             # Not threading.Thread, whose start() waits until the new thread has had a turn. Like a
             # daemon thread it does not outlive the interpreter.
-            _thread.start_new_thread(self._run, (post, torch.is_inference_mode_enabled()))
+            _thread.start_new_thread(self._run, (post,))
         else:
             self._works = [work for work in post() if work is not None]
 
-    def _run(self, post: Callable[[], Iterable[dist.Work | None]], inference: bool) -> None:
+    def _run(self, post: Callable[[], Iterable[dist.Work | None]]) -> None:
         assert self._ended is not None
         try:
-            # The mode belongs to a thread, and tensors made in it may be written in it only.
-            with torch.inference_mode(inference):
+            # Tensors made in this mode may be written in it only, and the mode belongs to a thread.
+            with torch.inference_mode():
                 for work in post():
                     if work is not None:
                         left = max(self._deadline - time.monotonic(), 0.001)

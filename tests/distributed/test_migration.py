@@ -164,6 +164,30 @@ def test_every_slot_is_exact_after_every_commit_of_many_rebalances(
     assert least <= sent <= 1.1 * least
 
 
+def modes_that_change(rank: int, world_size: int, direct: bool) -> None:
+    world = World(world_size, 6, 1)
+    generator = np.random.default_rng(3)
+    for inside in (True, False, True):
+        schedule = world.schedule_to(random_placement(generator, world_size, 6), direct)
+        plan = Plan(schedule.target, np.ones(schedule.target.experts.shape), np.ones(LAYERS))
+        with torch.inference_mode(inside):
+            world.migration.begin(plan, schedule.rounds)
+        while not world.migration.done:
+            with torch.inference_mode(inside):
+                world.migration.start_round()
+            world.migration.wait()
+            dist.barrier()
+            with torch.inference_mode(not inside):
+                world.migration.commit()
+            world.check()
+    assert not any(tensor.is_inference() for layer in world.layers for tensor in layer.tensors())
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_round_may_begin_in_inference_mode_and_be_committed_outside(direct: bool) -> None:
+    run_ranks(modes_that_change, 2, direct)
+
+
 def damaged_transfer(rank: int, world_size: int, direct: bool) -> None:
     world = World(world_size, 6, 1, verify=True)
     start = world.migration.placement
@@ -176,7 +200,8 @@ def damaged_transfer(rank: int, world_size: int, direct: bool) -> None:
     assert world.migration.verified()
     if rank == 1:  # a bit flips on the way to rank 1
         _, tensors = world.exchange._received_sums[0]
-        tensors[0][0] ^= 1
+        with torch.inference_mode():
+            tensors[0][0] ^= 1
         assert not world.migration.verified()
     dist.barrier()
     world.migration.abandon()

@@ -142,7 +142,7 @@ class Exchange:
             RuntimeError: the backend refused, for instance because a peer's connection is gone.
                 With gloo it is `finished` that raises.
         """
-        with _on_stream(self._stream, self._planes.device):
+        with _on_stream(self._stream, self._planes.device), torch.inference_mode():
             operations = self.operations(transfers)
             if self.on_post is not None:
                 self.on_post(round_index, operations)
@@ -179,7 +179,9 @@ class Exchange:
             # Local copies and checksums ran on the side stream.
             device_module = torch.get_device_module(self._planes.device)
             device_module.current_stream(self._planes.device).wait_stream(self._stream)
-        with torch.no_grad():
+        # A round may be posted inside and committed outside of the user's inference mode (by
+        # close(), say), or the other way round. Inside, tensors of either kind may be written.
+        with torch.inference_mode():
             for slot, landing in self._staged:
                 slot.copy_(landing)
         self.drop()
