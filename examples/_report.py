@@ -227,10 +227,16 @@ def draw_load_per_rank(history: History) -> Figure:
 
 def draw_par_over_time(history: History) -> Figure:
     steps = [row.stats.step for row in history.rows]
+    # Greedy decoding makes steps that are not observed; no line is drawn across them.
+    gaps = np.flatnonzero(np.diff(steps) > 1) + 1
     figure = Figure(figsize=(10, 4), layout="constrained")
     axis = figure.subplots()
-    axis.plot(steps, [row.par_without for row in history.rows], label="without balancing")
-    axis.plot(steps, [row.par_now for row in history.rows], label="with balancing")
+    for name, par in (
+        ("without balancing", [row.par_without for row in history.rows]),
+        ("with balancing", [row.par_now for row in history.rows]),
+    ):
+        x, y = (np.insert(np.asarray(values, float), gaps, np.nan) for values in (steps, par))
+        axis.plot(x, y, ".-", markersize=3, label=name)
     for number, step in enumerate(history.rebalanced_at()):
         label = None if number else "rebalance complete"
         axis.axvline(step, color="gray", linestyle=":", linewidth=1, label=label)
