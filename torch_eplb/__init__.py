@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch_eplb.metrics import Stats
     from torch_eplb.placement import Placement
     from torch_eplb.planning.plan import Plan, Topology
+    from torch_eplb.sharded import PlacementState, ShardedState
 
 _HOMES = {
     "Config": "config",
@@ -28,7 +29,9 @@ _HOMES = {
     "ExpertLoadBalancer": "balancer",
     "PeerLostError": "errors",
     "Placement": "placement",
+    "PlacementState": "sharded",
     "Plan": "planning.plan",
+    "ShardedState": "sharded",
     "Stats": "metrics",
     "Topology": "planning.plan",
     "register_layer": "layers.spec",
@@ -41,7 +44,9 @@ __all__ = [
     "ExpertLoadBalancer",
     "PeerLostError",
     "Placement",
+    "PlacementState",
     "Plan",
+    "ShardedState",
     "Stats",
     "Topology",
     "__version__",

@@ -27,10 +27,10 @@ from torch_eplb.layers.gather import empty_full, gather_tensor
 if TYPE_CHECKING:
     from torch_eplb.balancer import ExpertLoadBalancer
 
-__all__ = ["full_state_dict", "load_full_state_dict"]
+__all__ = ["ExpertTensor", "expert_tensors", "full_state_dict", "load_full_state_dict"]
 
 
-class _ExpertTensor(NamedTuple):
+class ExpertTensor(NamedTuple):
     """One of the model's tensors that are indexed by expert.
 
     Attributes:
@@ -77,7 +77,7 @@ def full_state_dict(
         PeerLostError: a rank did not come within ``timeout``.
     """
     local = balancer.module.state_dict(prefix=prefix, keep_vars=True)
-    experts = _expert_tensors(balancer, local)
+    experts = expert_tensors(balancer, local)
     keep = not rank0_only or balancer._planes.rank == 0
     result: OrderedDict[str, Any] = OrderedDict()
     if hasattr(local, "_metadata"):
@@ -129,7 +129,7 @@ def load_full_state_dict(
         PeerLostError: a rank did not come within ``timeout``; nothing was written.
     """
     local = balancer.module.state_dict(keep_vars=True)
-    experts = _expert_tensors(balancer, local)
+    experts = expert_tensors(balancer, local)
     _agree(balancer, _problems(balancer.module, full, local, experts, strict, assign))
     balancer._drain()
     rest = OrderedDict(full)
@@ -167,9 +167,9 @@ def load_nested(
     ]
 
 
-def _expert_tensors(
+def expert_tensors(
     balancer: ExpertLoadBalancer, local: Mapping[str, Any]
-) -> dict[str, _ExpertTensor]:
+) -> dict[str, ExpertTensor]:
     """Which entries of the model's own state dict (``keep_vars=True``) are indexed by expert.
 
     They are known by identity, so that shared tensors are found under each of their keys.
@@ -177,7 +177,7 @@ def _expert_tensors(
     if balancer._unwrapped:
         return {}
     known = {
-        id(tensor): _ExpertTensor(index, tensor, layer.num_experts)
+        id(tensor): ExpertTensor(index, tensor, layer.num_experts)
         for index, layer in enumerate(balancer._layers)
         for tensor in layer.tensors()
     }
@@ -185,7 +185,7 @@ def _expert_tensors(
 
 
 def _gather(
-    balancer: ExpertLoadBalancer, tensor: _ExpertTensor, keep: bool, cpu_offload: bool
+    balancer: ExpertLoadBalancer, tensor: ExpertTensor, keep: bool, cpu_offload: bool
 ) -> torch.Tensor | None:
     live, migration = tensor.live.detach(), balancer._migration
     device = torch.device("cpu") if cpu_offload else live.device
@@ -209,7 +209,7 @@ def _problems(
     model: nn.Module,
     full: Mapping[str, Any],
     local: Mapping[str, Any],
-    experts: Mapping[str, _ExpertTensor],
+    experts: Mapping[str, ExpertTensor],
     strict: bool,
     assign: bool,
 ) -> list[str]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,9 +32,11 @@ from torch_eplb.comm import Planes, wait_for
 from torch_eplb.config import Config
 from torch_eplb.errors import EPLBError
 from torch_eplb.migration.migration import Migration
+from torch_eplb.migration.rounds import Round
 from torch_eplb.placement import Placement
 from torch_eplb.planning.broadcast import decode_plan, encode_plan
 from torch_eplb.planning.messages import PlanReply
+from torch_eplb.planning.plan import Plan
 from torch_eplb.planning.process import Planner
 from torch_eplb.planning.split import par
 from torch_eplb.routing.load import LoadCounters, SampleWindow, split_samples
@@ -153,6 +155,26 @@ class RebalanceCycle:
             self._draining = False
         if self.disabled is None and self.stage is not Stage.COLLECT:
             self._begin(step)
+
+    def carry_out(self, plan: Plan, rounds: Sequence[Round], step: int) -> None:
+        """Run all rounds of a plan that is not the planner's, now, and start collecting anew.
+
+        Collective: every rank calls it at the same boundary, after `drain`, with the same plan.
+
+        Raises:
+            PeerLostError: as `boundary`.
+        """
+        if self.disabled is not None:
+            return
+        self._begin(step)
+        self._enter(Stage.MIGRATE, step)
+        self._migration.begin(plan, rounds)
+        if self._migration.done:
+            self._end(step)
+        while self.stage is Stage.MIGRATE and self.disabled is None:
+            if not self._migration.in_flight:
+                self._migration.start_round()
+            self._end_in_this_step(step)
 
     def _begin(self, step: int) -> None:
         """Start collecting."""
@@ -335,6 +357,10 @@ class RebalanceCycle:
     def _run_round(self, step: int) -> None:
         """Without overlap: one round from post to commit, within this boundary."""
         self._migration.start_round()
+        self._end_in_this_step(step)
+
+    def _end_in_this_step(self, step: int) -> None:
+        """Wait for the round in flight, on all ranks."""
         self._migration.wait()
         self._advance()
         self._post_agreement(step)

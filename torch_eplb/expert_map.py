@@ -24,7 +24,7 @@ import numpy as np
 from torch_eplb.files import PathLike, atomic_write, open_checked
 from torch_eplb.placement import Placement
 
-__all__ = ["read_expert_map", "write_expert_map"]
+__all__ = ["format_expert_map", "parse_expert_map", "read_expert_map", "write_expert_map"]
 
 MAX_MAP_BYTES = 32 * 2**20
 """Largest file that is parsed: an indented map of 100 layers x 1,024 slots takes about 2 MiB."""
@@ -44,6 +44,13 @@ def write_expert_map(
         OSError: the path cannot be written.
         ValueError: ``layer_ids`` are not one ascending id per layer, or the path is no file.
     """
+    document = format_expert_map(placement, layer_ids)
+    with atomic_write(path, "expert map") as file:
+        file.write(document.encode())
+
+
+def format_expert_map(placement: Placement, layer_ids: Sequence[int] | None = None) -> str:
+    """``placement`` as an expert map; see `write_expert_map`."""
     ids = list(range(placement.num_layers)) if layer_ids is None else [int(i) for i in layer_ids]
     if len(ids) != placement.num_layers or ids != sorted(set(ids)) or ids[0] < 0:
         raise ValueError(
@@ -61,8 +68,7 @@ def write_expert_map(
         for layer_id, layer in zip(ids, placement.experts, strict=True)
     ]
     document = {"moe_layer_count": placement.num_layers, "layer_list": layers}
-    with atomic_write(path, "expert map") as file:
-        file.write(json.dumps(document).encode())
+    return json.dumps(document)
 
 
 def read_expert_map(
@@ -95,27 +101,51 @@ def read_expert_map(
     with open_checked(path, "expert map", MAX_MAP_BYTES) as file:
         data = file.read(MAX_MAP_BYTES)
     try:
+        return parse_expert_map(
+            data,
+            num_layers=num_layers,
+            num_experts=num_experts,
+            num_ranks=num_ranks,
+            num_slots=num_slots,
+            layer_ids=layer_ids,
+        )
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def parse_expert_map(
+    data: str | bytes,
+    *,
+    num_layers: int,
+    num_experts: int,
+    num_ranks: int,
+    num_slots: int | None = None,
+    layer_ids: Sequence[int] | None = None,
+) -> Placement:
+    """The placement that the text of an expert map describes; see `read_expert_map`.
+
+    Raises:
+        ValueError: not an expert map, or not one for this model.
+    """
+    try:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{name}: is not JSON ({error}); name an expert map written by record_map_path= or "
+            f"is not JSON ({error}); name an expert map written by record_map_path= or "
             "by vLLM-Ascend"
         ) from None
-    try:
-        layers = _layers(document, num_layers, layer_ids)
-        rows = [list(_slots(layers[i], i, num_experts, num_ranks, num_slots)) for i in layers]
-        widths = [len(slots) for ranks in rows for slots in ranks]
-        if len(set(widths)) > 1:
-            odd = next(n for n, width in enumerate(widths) if width != widths[0])
-            layer_id = list(layers)[odd // num_ranks]
-            raise ValueError(
-                f"layer {layer_id}, rank {odd % num_ranks}: {widths[odd]} experts, where the first "
-                f"rank has {widths[0]}; every rank must have the same number"
-            )
-        _check_coverage(rows, list(layers), num_experts)
-        return Placement(np.array(rows, dtype=np.int32), num_experts)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+    layers = _layers(document, num_layers, layer_ids)
+    rows = [list(_slots(layers[i], i, num_experts, num_ranks, num_slots)) for i in layers]
+    widths = [len(slots) for ranks in rows for slots in ranks]
+    if len(set(widths)) > 1:
+        odd = next(n for n, width in enumerate(widths) if width != widths[0])
+        layer_id = list(layers)[odd // num_ranks]
+        raise ValueError(
+            f"layer {layer_id}, rank {odd % num_ranks}: {widths[odd]} experts, where the first "
+            f"rank has {widths[0]}; every rank must have the same number"
+        )
+    _check_coverage(rows, list(layers), num_experts)
+    return Placement(np.array(rows, dtype=np.int32), num_experts)
 
 
 def _layers(

@@ -4,76 +4,30 @@ from __future__ import annotations
 
 import copy
 import pickle
-import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.models import ToyModel, skewed_batch
+from support.moving import (
+    CLOSE,
+    Ordinary,
+    PeakBytes,
+    assert_every_slot,
+    assert_same,
+    in_flight,
+    serve_until,
+    wrap,
+)
 from support.ranks import run_ranks
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_eplb
 from torch_eplb.checkpoint import full_state_dict
 from torch_eplb.testing import fake_process_group
 
 EXPERT_BYTES = 16 * 16 * 4  # of gate_up_proj, the largest tensor of ToyModel's experts
-CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
-
-
-class Ordinary(nn.Module):
-    """A model with tensors outside of its experts, a tied one and a buffer that is not saved."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.inner = ToyModel(seed=seed)
-            self.head = nn.Linear(16, 16)
-            self.tied = nn.Linear(16, 16, bias=False)
-            self.tied.weight = self.head.weight
-            self.register_buffer("offset", torch.randn(()))
-            self.register_buffer("scratch", torch.zeros(3), persistent=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.tied(self.head(self.inner(x))) + self.offset
-
-
-def wrap(model: nn.Module, **options: Any) -> torch_eplb.ExpertLoadBalancer:
-    return torch_eplb.wrap(
-        model, collect_interval=2, plan_interval=0, policy="random", timeout=30, **options
-    )
-
-
-def serve_until(condition: Any, balancer: torch_eplb.ExpertLoadBalancer, rank: int) -> None:
-    """Forwards until a condition that becomes true at the same step on all ranks."""
-    for step in range(20000):
-        if condition():
-            return
-        balancer(skewed_batch(6, 16, 100 * step + rank))
-    raise AssertionError("the condition never held")
-
-
-def in_flight(balancer: torch_eplb.ExpertLoadBalancer) -> bool:
-    """A round is under way, and earlier ones have moved the placement away from the first."""
-    migration = balancer._migration
-    return migration.in_flight and migration.version > 0 and migration.round > 0
-
-
-def assert_same(state: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert list(state) == list(expected)
-    for key, value in expected.items():
-        assert torch.equal(state[key], value), key
-
-
-def assert_every_slot(balancer: torch_eplb.ExpertLoadBalancer, model: ToyModel, rank: int) -> None:
-    """Also replicas of one expert, each by itself."""
-    experts = balancer.placement.experts[:, rank]
-    for layer, reference, held in zip(balancer._layers, model.layers, experts, strict=True):
-        for name, tensor in zip(layer.tensor_names, layer.tensors(), strict=True):
-            assert torch.equal(tensor, getattr(reference.experts, name)[held.tolist()])
 
 
 # ---- saving -------------------------------------------------------------------------------------
@@ -112,27 +66,6 @@ def test_the_state_dict_is_the_unwrapped_models_whatever_the_placement(
     assert run_ranks(saved, world_size, redundant)[0] > 0
 
 
-class PeakBytes(TorchDispatchMode):
-    """The most bytes of tensors made inside that were alive at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._alive = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if any(word in func.overloadpacket.__name__ for word in ("empty", "clone", "cat", "stack")):
-            nbytes = result.untyped_storage().nbytes()
-            self._count(nbytes)
-            weakref.finalize(result, self._count, -nbytes)
-        return result
-
-    def _count(self, nbytes: int) -> None:
-        self._alive += nbytes
-        self.peak = max(self.peak, self._alive)
-
-
 def rank_0_only(rank: int, world_size: int) -> tuple[int, int]:
     model = ToyModel()
     reference = copy.deepcopy(model).state_dict()
@@ -153,7 +86,8 @@ def rank_0_only(rank: int, world_size: int) -> tuple[int, int]:
 def test_saving_on_rank_0_needs_the_result_there_and_one_expert_elsewhere() -> None:
     (peak, result), *others = run_ranks(rank_0_only, 3)
     assert result <= peak <= result + EXPERT_BYTES
-    assert all(0 < peak <= EXPERT_BYTES for peak, _ in others)
+    # One, and the one before if the group's thread has not let go of it yet.
+    assert all(0 < peak <= 2 * EXPERT_BYTES for peak, _ in others), others
 
 
 # ---- loading ------------------------------------------------------------------------------------

@@ -1,0 +1,89 @@
+"""Models whose experts are moving, and what their state is compared with."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from support.models import ToyModel, skewed_batch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import torch_eplb
+
+CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
+
+
+class Ordinary(nn.Module):
+    """A model with tensors outside of its experts, a tied one and a buffer that is not saved."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.inner = ToyModel(seed=seed)
+            self.head = nn.Linear(16, 16)
+            self.tied = nn.Linear(16, 16, bias=False)
+            self.tied.weight = self.head.weight
+            self.register_buffer("offset", torch.randn(()))
+            self.register_buffer("scratch", torch.zeros(3), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.tied(self.head(self.inner(x))) + self.offset
+
+
+def wrap(model: nn.Module, **options: Any) -> torch_eplb.ExpertLoadBalancer:
+    return torch_eplb.wrap(
+        model, collect_interval=2, plan_interval=0, policy="random", timeout=30, **options
+    )
+
+
+def serve_until(condition: Any, balancer: torch_eplb.ExpertLoadBalancer, rank: int) -> None:
+    """Forwards until a condition that becomes true at the same step on all ranks."""
+    for step in range(20000):
+        if condition():
+            return
+        balancer(skewed_batch(6, 16, 100 * step + rank))
+    raise AssertionError("the condition never held")
+
+
+def in_flight(balancer: torch_eplb.ExpertLoadBalancer) -> bool:
+    """A round is under way, and earlier ones have moved the placement away from the first."""
+    migration = balancer._migration
+    return migration.in_flight and migration.version > 0 and migration.round > 0
+
+
+def assert_same(state: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert list(state) == list(expected)
+    for key, value in expected.items():
+        assert torch.equal(state[key], value), key
+
+
+def assert_every_slot(balancer: torch_eplb.ExpertLoadBalancer, model: ToyModel, rank: int) -> None:
+    """Also replicas of one expert, each by itself."""
+    experts = balancer.placement.experts[:, rank]
+    for layer, reference, held in zip(balancer._layers, model.layers, experts, strict=True):
+        for name, tensor in zip(layer.tensor_names, layer.tensors(), strict=True):
+            assert torch.equal(tensor, getattr(reference.experts, name)[held.tolist()])
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes of tensors made inside that were alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._alive = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(word in func.overloadpacket.__name__ for word in ("empty", "clone", "cat", "stack")):
+            nbytes = result.untyped_storage().nbytes()
+            self._count(nbytes)
+            weakref.finalize(result, self._count, -nbytes)
+        return result
+
+    def _count(self, nbytes: int) -> None:
+        self._alive += nbytes
+        self.peak = max(self.peak, self._alive)
