@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch_eplb.metrics import Stats
     from torch_eplb.placement import Placement
     from torch_eplb.planning.plan import Plan, Topology
+    from torch_eplb.pretrained import load_pretrained
     from torch_eplb.sharded import PlacementState, ShardedState
 
 _HOMES = {
@@ -34,6 +35,7 @@ _HOMES = {
     "ShardedState": "sharded",
     "Stats": "metrics",
     "Topology": "planning.plan",
+    "load_pretrained": "pretrained",
     "register_layer": "layers.spec",
     "wrap": "balancer",
 }
@@ -50,6 +52,7 @@ __all__ = [
     "Stats",
     "Topology",
     "__version__",
+    "load_pretrained",
     "register_layer",
     "wrap",
 ]

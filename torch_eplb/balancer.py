@@ -76,7 +76,8 @@ def wrap(
     Args:
         model: any nn.Module with MoE layers, on its device, with full experts and the same weights
             on every rank (``dispatch="external"``: also with experts already sharded, one per
-            slot, in the initial placement).
+            slot, in the initial placement). Or on the meta device: then
+            `torch_eplb.load_pretrained` comes before the first forward.
         process_group: the expert-parallel ranks; None is the default group.
         **kwargs: the fields of `torch_eplb.Config`.
 
@@ -160,6 +161,7 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
         self._failed = False
         self._unwrapped = False
         self._warned_about_phase = False
+        self._on_meta = any(t.is_meta for layer in self._layers for t in layer.tensors())
         # A wrapper that is dropped without close() must leave nothing behind; the planner ends by
         # itself, the groups must be given back.
         self._finalizer = weakref.finalize(self, planes.close)
@@ -190,6 +192,8 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
     def _boundary(self) -> None:
         if self._closed or self._failed or _capturing(self._planes.device):
             return
+        if self._on_meta:
+            self._refuse_meta("run a forward")
         start = time.perf_counter()
         try:
             if self._recorder is not None and self._step > 0:
@@ -351,6 +355,21 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
         missing_keys += missing
         unexpected_keys += unexpected
 
+    def _refuse_meta(self, action: str) -> None:
+        """Raise if the experts are on the meta device; once they are not, that is for good."""
+        if not self._on_meta:
+            return
+        for layer in self._layers:
+            for name, tensor in zip(layer.tensor_names, layer.tensors(), strict=True):
+                if tensor.device != self._planes.device:
+                    raise RuntimeError(
+                        f"cannot {action}: {layer.name}.{name} is on the {tensor.device} device. "
+                        "A model that was wrapped on the meta device gets its weights from "
+                        f"torch_eplb.load_pretrained, on {self._planes.device}, which its process "
+                        "group serves"
+                    )
+        self._on_meta = False
+
     def _drain(self) -> None:
         """Let nothing be in flight that could write weights. Collective."""
         if self._closed or self._failed or self._cycle.disabled is not None:
@@ -433,6 +452,7 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
             PeerLostError: a rank did not come within ``timeout``.
         """
         if not self._unwrapped:
+            self._refuse_meta("unwrap")
             if not self._closed:
                 self._cycle.drain(self._step)
             for index, layer in enumerate(self._layers):

@@ -76,6 +76,7 @@ def full_state_dict(
     Raises:
         PeerLostError: a rank did not come within ``timeout``.
     """
+    balancer._refuse_meta("gather the experts")
     local = balancer.module.state_dict(prefix=prefix, keep_vars=True)
     experts = expert_tensors(balancer, local)
     keep = not rank0_only or balancer._planes.rank == 0
@@ -128,6 +129,7 @@ def load_full_state_dict(
         RuntimeError: keys or shapes do not fit (on any rank: every rank raises), as nn.Module's.
         PeerLostError: a rank did not come within ``timeout``; nothing was written.
     """
+    balancer._refuse_meta("load a state dict")
     local = balancer.module.state_dict(keep_vars=True)
     experts = expert_tensors(balancer, local)
     _agree(balancer, _problems(balancer.module, full, local, experts, strict, assign))

@@ -34,6 +34,7 @@ __all__ = [
     "WorkWatcher",
     "all_gather_single",
     "backend_of",
+    "device_of",
     "find_lost_ranks",
     "peer_lost",
     "wait_for",
@@ -52,6 +53,19 @@ def backend_of(group: dist.ProcessGroup, device: torch.device) -> str:
     config = str(dist.get_backend_config(group))
     by_device = dict(part.split(":", 1) for part in config.split(",") if ":" in part)
     return by_device.get(device.type, _BACKENDS.get(device.type, name))
+
+
+def device_of(group: dist.ProcessGroup) -> torch.device:
+    """Where the tensors of a model go that is not on a device yet.
+
+    The current accelerator if the group has a backend of the accelerator's own, else the CPU.
+    """
+    if torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+        assert device is not None
+        if backend_of(group, device) == _BACKENDS.get(device.type):
+            return torch.device(device.type, torch.accelerator.current_device_index())
+    return torch.device("cpu")
 
 
 def _options(backend: str, config: Config) -> Any:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from torch_eplb.comm import Planes
+from torch_eplb.comm import Planes, device_of
 from torch_eplb.config import Config
 from torch_eplb.expert_map import read_expert_map
 from torch_eplb.layers.experts import ExpertLayer, find_layers
@@ -78,7 +78,7 @@ def prepare(
     inspected: _Inspected | None = None
     error: Exception | None = None
     try:
-        inspected = _inspect(model, dist.get_world_size(group), dist.get_rank(group), kwargs)
+        inspected = _inspect(model, group, kwargs)
     except (ValueError, TypeError, OSError, ImportError) as found:
         error = found
     timeout = inspected.config.timeout if inspected else Config().timeout
@@ -102,7 +102,8 @@ def release(layers: list[ExpertLayer]) -> None:
         _wrapped.discard(layer.module)
 
 
-def _inspect(model: nn.Module, num_ranks: int, rank: int, kwargs: dict[str, Any]) -> _Inspected:
+def _inspect(model: nn.Module, group: dist.ProcessGroup, kwargs: dict[str, Any]) -> _Inspected:
+    num_ranks = dist.get_world_size(group)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     known = {f.name for f in dataclasses.fields(Config)}
@@ -129,11 +130,6 @@ def _inspect(model: nn.Module, num_ranks: int, rank: int, kwargs: dict[str, Any]
                 'dispatch="external" can balance it'
             )
         for name, tensor in zip(layer.tensor_names, layer.tensors(), strict=True):
-            if tensor.is_meta:
-                raise ValueError(
-                    f"{layer.name}.{name} is on the meta device: it has no weights to shard. Give "
-                    "the model its memory and weights before wrapping it"
-                )
             if tensor.device != device:
                 raise ValueError(
                     f"experts must be on one device, but {layer.name}.{name} is on "
@@ -142,7 +138,8 @@ def _inspect(model: nn.Module, num_ranks: int, rank: int, kwargs: dict[str, Any]
     return _Inspected(
         config=config,
         layers=layers,
-        device=device,
+        # A model on the meta device will be loaded onto the device that the group serves.
+        device=device_of(group) if device.type == "meta" else device,
         placement=_initial_placement(config, len(layers), experts, num_ranks, num_slots),
         topology=_topology(config, experts, num_ranks),
         staging_bytes=_staging_bytes(config, layers),
@@ -240,6 +237,7 @@ def _describe(model: nn.Module, inspected: _Inspected) -> dict[str, str]:
         "torch_eplb version": __version__,
         "model": type(model).__qualname__,
         "device type": inspected.device.type,
+        "has weights": str(not inspected.layers[0].tensors()[0].is_meta),
         "number of MoE layers": str(len(inspected.layers)),
         "placement": f"crc32 {zlib.crc32(inspected.placement.experts.tobytes()):08x}",
         "topology": repr(inspected.topology),

@@ -83,8 +83,9 @@ class ShardedState:
             if isinstance(value, torch.Tensor):
                 if value.is_meta:
                     raise RuntimeError(
-                        f"{key} is on the meta device: give the model its values before saving or "
-                        "loading a checkpoint (torch_eplb.load_pretrained)"
+                        f"{key} is on the meta device: give the model its values with "
+                        "torch_eplb.load_pretrained, or its memory, before a load, with "
+                        "torch_eplb.materialize.materialize(balancer.module, device)"
                     )
                 value = value.detach()
             if key in experts:

@@ -182,10 +182,24 @@ def test_what_does_not_fit_the_model_is_refused_with_numbers(
         torch_eplb.wrap(ToyModel(), **options)
 
 
-def test_a_model_without_memory_is_refused() -> None:
+def test_a_model_without_memory_does_nothing_until_it_has_its_weights() -> None:
     with torch.device("meta"):
         model = ToyModel()
-    with fake_process_group(world_size=2), pytest.raises(ValueError, match="on the meta device"):
+    with fake_process_group(world_size=2), torch_eplb.wrap(model) as balancer:
+        for use in (
+            lambda: balancer(torch.ones(2, 16)),
+            balancer.state_dict,
+            lambda: balancer.load_state_dict(ToyModel().state_dict()),
+            balancer.unwrap,
+        ):
+            with pytest.raises(RuntimeError, match=r"on the meta device\..*load_pretrained"):
+                use()
+
+
+def test_a_model_with_only_some_experts_in_memory_is_refused() -> None:
+    model = ToyModel()
+    model.layers[1].experts.to("meta")
+    with fake_process_group(world_size=2), pytest.raises(ValueError, match="on one device"):
         torch_eplb.wrap(model)
 
 
