@@ -38,11 +38,8 @@ from torch_eplb.layers.gather import gather_layer
 from torch_eplb.metrics import Stats
 from torch_eplb.migration.exchange import Exchange
 from torch_eplb.migration.migration import Migration
-from torch_eplb.migration.schedule import make_schedule
 from torch_eplb.placement import Placement
-from torch_eplb.planning.plan import Plan
 from torch_eplb.planning.process import Planner, PlannerSettings
-from torch_eplb.planning.split import even_split
 from torch_eplb.recording import StepRecorder
 from torch_eplb.routing import LoadCounters, RoutingTables
 from torch_eplb.setup import Setup, prepare, release
@@ -379,34 +376,6 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
         except EPLBError:
             self._failed = True
             raise
-
-    def _move_to(self, wanted: Placement) -> None:
-        """Move experts to a placement now, and go on from there. Collective."""
-        if self._closed or self._failed or self._cycle.disabled is not None:
-            logger.warning("balancing has ended: experts stay where they are")
-            return
-        self._drain()
-        config = self.config
-        schedule = make_schedule(
-            self.placement,
-            wanted,
-            expert_bytes=[layer.expert_bytes for layer in self._layers],
-            staging_bytes=self._exchange.staging_bytes,
-            direct=config.direct,
-            layers_per_round=config.layers_per_step,
-            send_bytes_per_round=config.bytes_per_step,  # type: ignore[arg-type]
-        )
-        target = schedule.target
-        plan = Plan(target, even_split(target), np.full(target.num_layers, np.nan))
-        before = self._migration.experts_moved
-        try:
-            self._cycle.carry_out(plan, schedule.rounds, self._step)
-        except EPLBError:
-            self._failed = True
-            raise
-        if self._planes.rank == 0:
-            moved = self._migration.experts_moved - before
-            logger.info("the saved placement is restored: %d experts moved", moved)
 
     # ---- the end ------------------------------------------------------------------------------
 

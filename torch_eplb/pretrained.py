@@ -8,20 +8,17 @@ read    file after file, straight into live tensors
 
 from __future__ import annotations
 
-import json
-import os
 import re
-from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from torch_eplb.checkpoint import ExpertTensor, expert_tensors
 from torch_eplb.errors import EPLBError
-from torch_eplb.files import PathLike, open_checked
+from torch_eplb.files import PathLike
 from torch_eplb.materialize import materialize
+from torch_eplb.safetensor_files import Checkpoint, Reading
 from torch_eplb.weight_names import NameRule, usual_names
 
 if TYPE_CHECKING:
@@ -29,11 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["load_pretrained"]
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-MAX_INDEX_BYTES = 128 * 2**20
-"""Largest index that is parsed: 61 layers x 256 experts x 3 tensors take about 6 MiB."""
-REOPEN_BYTES = 16 * 2**20
-"""A file is opened anew after this much, because what was read of it stays mapped meanwhile."""
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -95,10 +87,10 @@ def load_pretrained(
     balancer = model
     # First, because which slots are to be read is settled only when nothing moves any more.
     balancer._drain()
-    items: list[_Item] = []
+    items: list[Reading] = []
     checkpoint, error = None, None
     try:
-        checkpoint = _Checkpoint(folder)
+        checkpoint = Checkpoint(folder)
         items = _plan(balancer, checkpoint, names, strict)
     except (ImportError, OSError, ValueError, RuntimeError) as found:
         if isinstance(found, EPLBError):
@@ -133,136 +125,6 @@ def load_pretrained(
                 )
 
 
-@dataclass(frozen=True)
-class _Item:
-    """One reading.
-
-    Attributes:
-        name: the checkpoint's tensor.
-        key: the model's.
-        slot: the local slot that it fills, or None where the tensor has no slots.
-        rows: the part of the slot that it fills, on dim 0; None is all.
-        expert: the logical expert in the slot.
-        fused: the checkpoint's tensor has all experts.
-    """
-
-    name: str
-    key: str
-    slot: int | None = None
-    rows: slice | None = None
-    expert: int = 0
-    fused: bool = False
-
-
-class _Checkpoint:
-    """The safetensors files of a folder.
-
-    Attributes:
-        files: path of the file of every tensor.
-    """
-
-    def __init__(self, folder: PathLike) -> None:
-        try:
-            from safetensors import safe_open
-        except ImportError as error:
-            raise ImportError(
-                "torch_eplb.load_pretrained needs safetensors: pip install 'torch-eplb[pretrained]'"
-            ) from error
-        self._open: Any = safe_open
-        folder = os.fspath(folder)
-        if not os.path.isdir(folder):
-            raise FileNotFoundError(
-                f"{folder}: is not a folder; name the folder of a checkpoint (one from a hub must "
-                "be downloaded first)"
-            )
-        index, single = os.path.join(folder, _INDEX), os.path.join(folder, _SINGLE)
-        if os.path.exists(index):
-            self.files = _read_index(index)
-        elif os.path.exists(single):
-            with self._file(single) as file:
-                self.files = dict.fromkeys(file.keys(), single)
-        else:
-            raise ValueError(
-                f"{folder}: has neither {_INDEX} nor {_SINGLE}; convert the checkpoint to "
-                "safetensors, as model.save_pretrained does"
-            )
-
-    def describe(self, names: set[str]) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Shape and dtype of tensors, without reading them."""
-        result = {}
-        for path, group in self._by_file(sorted(names)):
-            with self._file(path) as file:
-                held = set(file.keys())
-                for name in group:
-                    if name not in held:
-                        raise ValueError(
-                            f"{path}: has no tensor {name}, which {_INDEX} says it has; the "
-                            "checkpoint is incomplete or mixed up, fetch it again"
-                        )
-                    part = file.get_slice(name)
-                    result[name] = (tuple(part.get_shape()), str(part.get_dtype()))
-        return result
-
-    def read(self, items: list[_Item]) -> Iterator[tuple[_Item, torch.Tensor]]:
-        """The values, file after file; good until the next one is asked for."""
-        by_name: dict[str, list[_Item]] = {}
-        for item in items:
-            by_name.setdefault(item.name, []).append(item)
-        for path, group in self._by_file(sorted(by_name)):
-            waiting = deque(item for name in group for item in by_name[name])
-            while waiting:
-                with self._file(path) as file:
-                    nbytes = 0
-                    while waiting and nbytes < REOPEN_BYTES:
-                        item = waiting.popleft()
-                        if item.fused:
-                            part = file.get_slice(item.name)
-                            value = part[item.expert : item.expert + 1]
-                        else:
-                            value = file.get_tensor(item.name)
-                        nbytes += value.nbytes
-                        yield item, value
-                        del value
-
-    def _by_file(self, names: list[str]) -> Iterator[tuple[str, list[str]]]:
-        groups: dict[str, list[str]] = {}
-        for name in names:
-            groups.setdefault(self.files[name], []).append(name)
-        yield from sorted(groups.items())
-
-    def _file(self, path: str) -> Any:
-        from safetensors import SafetensorError
-
-        try:
-            return self._open(path, framework="pt", device="cpu")
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path}: is no whole safetensors file ({error}); fetch it again"
-            ) from None
-
-
-def _read_index(path: str) -> dict[str, str]:
-    with open_checked(path, "checkpoint's index", MAX_INDEX_BYTES) as file:
-        data = file.read(MAX_INDEX_BYTES)
-    try:
-        names = json.loads(data)["weight_map"]
-        files = {str(name): str(file) for name, file in names.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"{path}: is no index of a checkpoint ({error!r}); fetch it again"
-        ) from None
-    folder = os.path.dirname(path)
-    for name in set(files.values()):
-        if os.path.basename(name) != name or name in ("", ".", ".."):
-            raise ValueError(f"{path}: names the file {name!r}, which is not in its folder")
-        if not os.path.exists(os.path.join(folder, name)):
-            raise FileNotFoundError(
-                f"{os.path.join(folder, name)}: is missing, and {_INDEX} names it; the checkpoint "
-                "is incomplete, fetch it again"
-            )
-    return {name: os.path.join(folder, file) for name, file in files.items()}
-
-
 def _tensors(balancer: ExpertLoadBalancer) -> dict[str, torch.Tensor]:
     """The model's own tensors in this rank's memory, by key."""
     state = balancer.module.state_dict(keep_vars=True)
@@ -270,8 +132,8 @@ def _tensors(balancer: ExpertLoadBalancer) -> dict[str, torch.Tensor]:
 
 
 def _plan(
-    balancer: ExpertLoadBalancer, checkpoint: _Checkpoint, names: NameRule | None, strict: bool
-) -> list[_Item]:
+    balancer: ExpertLoadBalancer, checkpoint: Checkpoint, names: NameRule | None, strict: bool
+) -> list[Reading]:
     """What this rank has to read.
 
     Raises:
@@ -297,9 +159,9 @@ def _plan(
             for name in checkpoint.files
             if name not in used and not any(re.search(pattern, name) for pattern in ignored)
         ]
-    _refuse(balancer, checkpoint, problems)
+    _refuse(balancer, problems)
     experts = expert_tensors(balancer, tensors)
-    items: list[_Item] = []
+    items: list[Reading] = []
     wanted: list[tuple[str, int | None, int | None]] = []
     rank = balancer._planes.rank
     for key in sources:
@@ -315,14 +177,14 @@ def _plan(
         problems += _add_items(
             items, key, slot, expert, sources[key][expert], tensors[key], experts.get(key), shapes
         )
-    _refuse(balancer, checkpoint, list(dict.fromkeys(problems)))
+    _refuse(balancer, list(dict.fromkeys(problems)))
     return items
 
 
 def _find_sources(
     balancer: ExpertLoadBalancer,
     tensors: Mapping[str, torch.Tensor],
-    checkpoint: _Checkpoint,
+    checkpoint: Checkpoint,
     names: NameRule | None,
 ) -> tuple[dict[str, dict[int | None, list[str]]], list[str]]:
     """By the model's key and the expert (None without), the checkpoint's names; what is missing."""
@@ -350,7 +212,7 @@ def _find_sources(
 
 
 def _first_held(
-    key: str, expert: int | None, split: bool, checkpoint: _Checkpoint, names: NameRule | None
+    key: str, expert: int | None, split: bool, checkpoint: Checkpoint, names: NameRule | None
 ) -> list[str] | None:
     if names is not None:
         chosen = names(key, expert)
@@ -383,7 +245,7 @@ def _unsaved_experts(
 
 
 def _add_items(
-    items: list[_Item],
+    items: list[Reading],
     key: str,
     slot: int | None,
     expert: int | None,
@@ -402,13 +264,13 @@ def _add_items(
     fused = len(row) == 1 and indexed is not None and first == tuple(indexed.full_shape)
     target = tuple(tensor.shape if indexed is None else tensor.shape[1:])
     if fused:
-        items.append(_Item(row[0], key, slot, expert=expert or 0, fused=True))
+        items.append(Reading(row[0], key, slot, expert=expert or 0, fused=True))
         return problems
     if len(row) == 1:
         if first != target:
             whole = tuple(indexed.full_shape) if indexed is not None else target
             problems.append(f"shape: {row[0]} has {first}, {key} needs {whole}")
-        items.append(_Item(row[0], key, slot))
+        items.append(Reading(row[0], key, slot))
         return problems
     start = 0
     for name in row:
@@ -416,14 +278,14 @@ def _add_items(
         if not target or shape[1:] != target[1:] or not shape:
             problems.append(f"shape: {name} has {shape}, an expert of {key} needs {target}")
             return problems
-        items.append(_Item(name, key, slot, slice(start, start + shape[0])))
+        items.append(Reading(name, key, slot, slice(start, start + shape[0])))
         start += shape[0]
     if start != target[0]:
         problems.append(f"shape: {' + '.join(row)} have {start} rows, {key} needs {target[0]}")
     return problems
 
 
-def _refuse(balancer: ExpertLoadBalancer, checkpoint: _Checkpoint, problems: list[str]) -> None:
+def _refuse(balancer: ExpertLoadBalancer, problems: list[str]) -> None:
     if not problems:
         return
     shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])

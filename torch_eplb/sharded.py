@@ -27,7 +27,12 @@ import torch
 from numpy.typing import NDArray
 
 from torch_eplb.checkpoint import ExpertTensor, expert_tensors
+from torch_eplb.errors import EPLBError
 from torch_eplb.expert_map import format_expert_map, parse_expert_map
+from torch_eplb.migration.schedule import make_schedule
+from torch_eplb.placement import Placement
+from torch_eplb.planning.plan import Plan
+from torch_eplb.planning.split import even_split
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
@@ -139,7 +144,7 @@ class PlacementState:
         balancer, present = self._balancer, self._balancer.placement
         try:
             saved = parse_expert_map(
-                state_dict["expert_map"],
+                str(state_dict["expert_map"]),
                 num_layers=present.num_layers,
                 num_experts=present.num_experts,
                 num_ranks=present.num_ranks,
@@ -149,7 +154,7 @@ class PlacementState:
             if balancer._planes.rank == 0:
                 logger.warning("the saved placement does not fit here and is ignored: %s", error)
             return
-        balancer._move_to(saved)
+        move_to(balancer, saved)
 
 
 class ExpertShards(torch.Tensor):
@@ -227,6 +232,7 @@ class ExpertShards(torch.Tensor):
         """Write the other slots of experts that have several on this rank, from the first."""
         for slot, expert in enumerate(self._experts[self._rank].tolist()):
             if self._slots[expert] != slot:
+                self._refuse_if_stale()
                 self._live[slot].copy_(self._live[self._slots[expert]])
 
     # ---- what it is ---------------------------------------------------------------------------
@@ -274,6 +280,38 @@ class ExpertShards(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ExpertShards(shape={tuple(self.shape)}, here={sorted(self._slots)})"
+
+
+def move_to(balancer: ExpertLoadBalancer, wanted: Placement) -> None:
+    """Move experts to a placement now, and go on balancing from there. Collective.
+
+    Raises:
+        PeerLostError: a rank did not come within ``timeout``.
+    """
+    if balancer._closed or balancer._failed or balancer._cycle.disabled is not None:
+        logger.warning("balancing has ended: experts stay where they are")
+        return
+    balancer._drain()
+    config, migration = balancer.config, balancer._migration
+    schedule = make_schedule(
+        migration.placement,
+        wanted,
+        expert_bytes=[layer.expert_bytes for layer in balancer._layers],
+        staging_bytes=balancer._exchange.staging_bytes,
+        direct=config.direct,
+        layers_per_round=config.layers_per_step,
+        send_bytes_per_round=config.bytes_per_step,  # type: ignore[arg-type]
+    )
+    target, before = schedule.target, migration.experts_moved
+    plan = Plan(target, even_split(target), np.full(target.num_layers, np.nan))
+    try:
+        balancer._cycle.carry_out(plan, schedule.rounds, balancer._step)
+    except EPLBError:
+        balancer._failed = True
+        raise
+    if balancer._planes.rank == 0:
+        moved = migration.experts_moved - before
+        logger.info("the saved placement is restored: %d experts moved", moved)
 
 
 class Run(NamedTuple):
