@@ -273,10 +273,10 @@ class ExpertShards(torch.Tensor):
             result = cls._wrapper(source._live, source.shape, device)
             result.__dict__.update(source.__dict__)
             return result
-        raise RuntimeError(
-            f"{name}: an expert tensor of ShardedState.state_dict() has no values of its own and "
-            "is for torch.distributed.checkpoint only; balancer.state_dict() has all experts"
-        )
+        raise _for_dcp_only(name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise _for_dcp_only("pickling")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ExpertShards(shape={tuple(self.shape)}, here={sorted(self._slots)})"
@@ -369,6 +369,13 @@ def choose_owners(experts: NDArray[np.int32], live: NDArray[np.bool_]) -> NDArra
         owners[expert] = owner
         owned[owner] += 1
     return owners
+
+
+def _for_dcp_only(action: str) -> RuntimeError:
+    return RuntimeError(
+        f"{action}: an expert tensor of ShardedState.state_dict() has no values of its own and is "
+        "for torch.distributed.checkpoint only; balancer.state_dict() has all experts"
+    )
 
 
 def _same_memory(one: torch.Tensor, other: Any) -> bool:

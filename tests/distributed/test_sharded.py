@@ -25,6 +25,7 @@ from torch import nn
 
 import torch_eplb
 from torch_eplb import PlacementState, ShardedState
+from torch_eplb.expert_map import format_expert_map, parse_expert_map, write_expert_map
 from torch_eplb.sharded import choose_owners, find_runs
 
 
@@ -100,6 +101,8 @@ def save(rank: int, world_size: int, path: str) -> None:
                 dcp.save({"model": stale}, checkpoint_id=path + ".stale", no_dist=True)
         with pytest.raises(RuntimeError, match=r"balancer\.state_dict\(\)"):
             stale[expert_keys(balancer.module)[0]] + 1
+        with pytest.raises(RuntimeError, match=r"balancer\.state_dict\(\)"):
+            torch.save(stale, path + ".pt")
     balancer.close()
 
 
@@ -213,13 +216,9 @@ def load(rank: int, world_size: int, path: str, plain: str, redundant: int) -> A
 
 
 def saved_placement(path: Path) -> torch_eplb.Placement:
-    from torch_eplb.expert_map import parse_expert_map
-
     state = {"placement": {"expert_map": ""}}
     dcp.load(state, checkpoint_id=path, no_dist=True)
-    return parse_expert_map(
-        state["placement"]["expert_map"], num_layers=2, num_experts=8, num_ranks=2
-    )
+    return parse_expert_map(state["placement"]["expert_map"], **SHAPE)
 
 
 def test_it_loads_over_any_ranks_redundancy_and_placement_and_restores_the_placement_that_fits(
@@ -237,9 +236,40 @@ def test_it_loads_over_any_ranks_redundancy_and_placement_and_restores_the_place
     assert not any("ignored" in text for texts, _ in others for text in texts)
 
 
-def start_where_it_ended(rank: int, world_size: int, path: str) -> None:
-    from torch_eplb.expert_map import write_expert_map
+def restored(rank: int, world_size: int, text: str, overlap: bool) -> int:
+    model, reference = ToyModel(), ToyModel()
+    options = {"num_redundant_experts": 2, "policy": "static", "collect_interval": 2}
+    with torch_eplb.wrap(model, overlap=overlap, verify=True, timeout=30, **options) as balancer:
+        before = balancer.placement
+        PlacementState(balancer).load_state_dict({"expert_map": text})
+        assert balancer.stats().staging_bytes_peak <= balancer.stats().staging_bytes
+        assert_every_slot(balancer, reference, rank)
+        x = skewed_batch(8, 16, rank)
+        with torch.no_grad():
+            for _ in range(6):
+                torch.testing.assert_close(balancer(x), reference(x), **CLOSE)
+        # There already: nothing moves.
+        moved = balancer.stats().experts_moved
+        PlacementState(balancer).load_state_dict({"expert_map": text})
+        assert balancer.stats().experts_moved == moved
+        after = balancer.placement
+    # After the end it stays where it is.
+    PlacementState(balancer).load_state_dict({"expert_map": format_expert_map(before)})
+    assert balancer.placement == after
+    return int((after.held() != parse_expert_map(text, **SHAPE).held()).sum())
 
+
+SHAPE = {"num_layers": 2, "num_experts": 8, "num_ranks": 2}
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_saved_placement_is_restored_round_by_round(overlap: bool) -> None:
+    experts = np.array([[[7, 0, 6, 1, 5], [2, 7, 3, 4, 6]]] * 2)
+    text = format_expert_map(torch_eplb.Placement(experts, 8))
+    assert run_ranks(restored, 2, text, overlap) == [0, 0]
+
+
+def start_where_it_ended(rank: int, world_size: int, path: str) -> None:
     balancer = wrap(ToyModel(), num_redundant_experts=2)
     with torch.no_grad():
         serve_until(lambda: balancer.stats().rebalances >= 1, balancer, rank)
