@@ -16,7 +16,7 @@ no peers (after a `PeerLostError`, say).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -83,12 +83,13 @@ def full_state_dict(
     result: OrderedDict[str, Any] = OrderedDict()
     if hasattr(local, "_metadata"):
         result._metadata = local._metadata  # type: ignore[attr-defined]
+    scratch = None if keep and not cpu_offload else _scratch(experts.values())
     gathered: dict[int, torch.Tensor | None] = {}
     for key, value in local.items():
         if key in experts:
             # The same tensor may have several keys.
             if id(value) not in gathered:
-                gathered[id(value)] = _gather(balancer, experts[key], keep, cpu_offload)
+                gathered[id(value)] = _gather(balancer, experts[key], keep, cpu_offload, scratch)
             value = gathered[id(value)]
         elif isinstance(value, torch.Tensor):
             value = value if keep_vars else value.detach()
@@ -186,14 +187,29 @@ def expert_tensors(
     return {key: known[id(value)] for key, value in local.items() if id(value) in known}
 
 
+def _scratch(tensors: Iterable[ExpertTensor]) -> torch.Tensor | None:
+    """Memory for an expert of the largest tensor. One for all: the group's threads may hold on to
+    what they were given for a while."""
+    lives = [tensor.live for tensor in tensors]
+    if not lives:
+        return None
+    with torch.inference_mode(False):
+        nbytes = max(live[0].nbytes for live in lives)
+        return torch.empty(nbytes, dtype=torch.uint8, device=lives[0].device)
+
+
 def _gather(
-    balancer: ExpertLoadBalancer, tensor: ExpertTensor, keep: bool, cpu_offload: bool
+    balancer: ExpertLoadBalancer,
+    tensor: ExpertTensor,
+    keep: bool,
+    cpu_offload: bool,
+    scratch: torch.Tensor | None,
 ) -> torch.Tensor | None:
     live, migration = tensor.live.detach(), balancer._migration
     device = torch.device("cpu") if cpu_offload else live.device
     result = empty_full(live, tensor.num_experts, device) if keep else None
     experts = migration.experts[tensor.layer]
-    gather_tensor(live, experts, migration.live[tensor.layer], balancer._planes, result)
+    gather_tensor(live, experts, migration.live[tensor.layer], balancer._planes, result, scratch)
     return result
 
 

@@ -49,6 +49,7 @@ def gather_tensor(
     live: NDArray[np.bool_],
     planes: Planes,
     result: torch.Tensor | None,
+    scratch: torch.Tensor | None = None,
 ) -> None:
     """Fill ``result`` with one expert-indexed tensor in logical order. Collective.
 
@@ -60,13 +61,14 @@ def gather_tensor(
         experts, live, planes: see `gather_layer`.
         result: ``[experts, ...]`` with the strides of `empty_full`, on any device, or None to pass
             the experts on and keep none. May differ between ranks.
+        scratch: flat uint8 for one expert's tensor at least, on the device of ``tensor``; needed
+            where ``result`` is not on that device.
 
     Raises:
         PeerLostError: a rank did not come within the time limit.
     """
     held = np.where(live, experts, -1)
     in_place = result is not None and result.device == tensor.device
-    scratch: torch.Tensor | None = None
     pending: list[dist.Work | None] = []
     for expert in range(int(experts.max()) + 1):
         owner, slot = np.argwhere(held == expert)[0].tolist()
@@ -79,17 +81,15 @@ def gather_tensor(
             assert target is not None
             parcel = target
         else:
-            if scratch is None:
-                with torch.inference_mode(False):
-                    scratch = torch.empty_like(byte_view(tensor[0]))
-            parcel = scratch
+            assert scratch is not None
+            parcel = scratch[: byte_view(tensor[0]).numel()]
         pending.append(
             dist.broadcast(parcel, planes.global_ranks[owner], group=planes.group, async_op=True)
         )
-        if parcel is scratch:
+        if owner != planes.rank and not in_place:
             _finish(pending, planes)
             if target is not None:
-                target.copy_(scratch)
+                target.copy_(parcel)
     _finish(pending, planes)
 
 
