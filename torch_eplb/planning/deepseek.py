@@ -18,7 +18,15 @@ from numpy.typing import NDArray
 from torch_eplb.placement import Placement
 from torch_eplb.planning.plan import Topology
 
-__all__ = ["groups_on_nodes", "node_bound", "pack", "place", "rebalance_experts", "replicate"]
+__all__ = [
+    "groups_on_nodes",
+    "node_bound",
+    "pack",
+    "part_siblings",
+    "place",
+    "rebalance_experts",
+    "replicate",
+]
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -205,11 +213,11 @@ def pack(weight: Floats, num_packs: int, kind: Ints | None = None) -> tuple[Ints
         load[row[full], lightest[full]] = np.inf
     if kind is not None:
         for index in range(rows):
-            _part_siblings(pack_of[index], place[index], kind[index], weight[index], num_packs)
+            part_siblings(pack_of[index], place[index], kind[index], weight[index], num_packs)
     return pack_of, place
 
 
-def _part_siblings(pack_of: Ints, place: Ints, kind: Ints, weight: Floats, num_packs: int) -> None:
+def part_siblings(pack_of: Ints, place: Ints, kind: Ints, weight: Floats, num_packs: int) -> None:
     """Exchange items, in place, until no pack holds two of a kind.
 
     Every exchange removes a surplus: some pack lacks the kind; either that one has a surplus of

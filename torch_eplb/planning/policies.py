@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torch_eplb.placement import Placement
-from torch_eplb.planning import baselines, deepseek, flow, swift
+from torch_eplb.planning import baselines, deepseek, flashlb, flow, swift
 from torch_eplb.planning.plan import Plan, Topology
 from torch_eplb.planning.split import REPLICA_CHOICES, as_samples, judged_par, solve_split
 
@@ -88,6 +88,7 @@ def _deepseek(load: NDArray[np.float64], current: Placement, topology: Topology)
 _PLAIN: dict[str, Callable[..., Any]] = {
     "deepseek": _deepseek,
     "swift": swift.plan,
+    "flashlb": flashlb.plan,
     "random": baselines.shuffle,
     "static": baselines.keep,
 }
