@@ -100,3 +100,15 @@ def test_numbers_that_do_not_fit_are_refused(
 def test_weights_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\[layers, experts\], got shape \[12\]"):
         rebalance_experts(WEIGHT[0], 16, 4, 2, 8)
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+def test_ranks_with_room_for_every_expert_hold_every_expert(slots: int) -> None:
+    one_hot = np.array([[1000.0, 0.0]])
+    doubled = np.zeros((1, 2, slots), dtype=int)
+    doubled[0, 1, 0] = 1
+    for current in (
+        Placement.initial(1, 2, 2, slots),
+        Placement(doubled, 2, allow_duplicates=True),
+    ):
+        assert place(one_hot, current, Topology(2)).held().all()

@@ -81,13 +81,17 @@ def rebalance_experts(
 def place(weight: NDArray[Any], current: Placement, topology: Topology) -> Placement:
     """The policy's placement for the load ``weight [layers, experts]``."""
     slots, experts = current.num_slots, current.num_experts
+    if slots >= experts:  # then every rank is to hold every expert
+        if current.held().all():
+            return current
+        return Placement.initial(current.num_layers, experts, current.num_ranks, slots)
     nodes, groups = topology.num_nodes, topology.num_expert_groups
     if not node_bound(current, topology):
         nodes = groups = 1
     ranks = topology.num_ranks
     physical = _place(
         np.asarray(weight, dtype=np.float64),
-        ranks * slots, groups, nodes, ranks, distinct=slots * nodes <= experts,
+        ranks * slots, groups, nodes, ranks, distinct=True,
     )  # fmt: skip
     return Placement(physical.reshape(len(physical), ranks, slots), experts)
 
