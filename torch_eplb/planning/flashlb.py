@@ -35,7 +35,7 @@ from torch_eplb.planning.deepseek import (
 from torch_eplb.planning.plan import Topology
 from torch_eplb.planning.split import even_split, judged_par
 
-__all__ = ["plan"]
+__all__ = ["place_by_risk", "plan"]
 
 Z_SCORE = 0.6745
 """Risk is the load that a normal distribution stays below three times out of four."""
@@ -84,7 +84,7 @@ def plan(load: Floats, current: Placement, topology: Topology) -> Placement:
             redo = redo[~stray[redo]]
         if not len(redo):
             continue
-        found = _search(load[:, redo], where[redo], current.experts[redo], nodes)
+        found = place_by_risk(load[:, redo], where[redo], current.experts[redo], nodes)
         after = _mean_par(load[:, redo], Placement(found, current.num_experts))
         better = after < WORTHWHILE * before[redo]
         better |= (before[redo] > 1.0 / GOOD) & (after < before[redo])
@@ -99,7 +99,13 @@ def _mean_par(load: Floats, placement: Placement) -> Floats:
     return judged_par(load, placement, even_split(placement), "even").mean(axis=0)
 
 
-def _search(load: Floats, where: NDArray[np.int32], live: NDArray[np.int32], nodes: int) -> Ints:
+def place_by_risk(
+    load: Floats,
+    where: NDArray[np.int32],
+    live: NDArray[np.int32],
+    nodes: int = 1,
+    depth: int = DEPTH,
+) -> NDArray[np.int32]:
     """New placements ``[layers, ranks, slots]``.
 
     Args:
@@ -107,6 +113,7 @@ def _search(load: Floats, where: NDArray[np.int32], live: NDArray[np.int32], nod
         where: ``[layers, ranks, slots]``, says which experts belong to which node.
         live: ``[layers, ranks, slots]``, what the new ranks shall resemble.
         nodes: planned each by itself.
+        depth: groups of experts in the search for replica counts; 1 is the greedy allotment.
     """
     layers, ranks, slots = where.shape
     own = np.sort(where.reshape(layers * nodes, -1), axis=1)
@@ -118,9 +125,9 @@ def _search(load: Floats, where: NDArray[np.int32], live: NDArray[np.int32], nod
     x = np.take_along_axis(x, order[:, :, None], axis=1)
     logical = np.take_along_axis(logical, order, axis=1)
     on_node = ranks // nodes
-    counts = _replica_counts(x, np.take_along_axis(weight, order, axis=1), on_node, slots)
+    counts = _replica_counts(x, np.take_along_axis(weight, order, axis=1), on_node, slots, depth)
     rank, expert = (part[:, 0] for part in _place(x, counts[:, None], on_node)[:2])
-    found = np.empty((len(x), on_node, slots), dtype=np.int64)
+    found = np.empty((len(x), on_node, slots), dtype=np.int32)
     live = live.reshape(found.shape)
     for index, mean in enumerate(x.mean(axis=2)):
         part_siblings(rank[index], np.zeros_like(rank[index]), expert[index], mean, on_node)
@@ -130,19 +137,20 @@ def _search(load: Floats, where: NDArray[np.int32], live: NDArray[np.int32], nod
     return found.reshape(where.shape)
 
 
-def _replica_counts(x: Floats, weight: Floats, ranks: int, slots: int) -> Ints:
+def _replica_counts(x: Floats, weight: Floats, ranks: int, slots: int, depth: int) -> Ints:
     """Replicas of every expert, ``[rows, experts]``, by the tree search.
 
     Args:
         x: ``[rows, experts, samples]``, experts in descending order of ``weight``.
         weight: ``[rows, experts]``, their risks.
         ranks, slots: to place on.
+        depth: groups of experts; less than 2 for no search.
     """
     rows, experts, _ = x.shape
     row = np.arange(rows)
-    counts = np.ones((rows, experts), dtype=np.int64)
     left = np.full(rows, ranks * slots - experts)
-    size = -(-experts // DEPTH)
+    counts = _allotments(weight, int(left.max()), ranks)[:, -1]
+    size = -(-experts // depth)
     for start in range(0, experts - size, size):
         if not left.any():
             break
@@ -263,19 +271,21 @@ def _namesakes(new: Ints, live: NDArray[np.int32], num_experts: int) -> Ints:
     shared = _held(live, num_experts) @ _held(new, num_experts).T
     partner = np.full(ranks, -1)
     free = np.ones(ranks, dtype=bool)
-    for pair in np.argsort(-shared, axis=None, kind="stable").tolist():
-        mine, theirs = divmod(pair, ranks)
+    pairs = np.argwhere(shared > 0)
+    for mine, theirs in pairs[np.argsort(-shared[shared > 0], kind="stable")].tolist():
         if partner[mine] < 0 and free[theirs]:
             partner[mine] = theirs
             free[theirs] = False
-    while True:
+    partner[partner < 0] = np.flatnonzero(free)
+    for _ in range(ranks):
         got = shared[:, partner]  # what rank i shares with the partner of rank j
         own = np.diagonal(got)
         gain = got + got.T - own[:, None] - own
         one, other = np.unravel_index(gain.argmax(), gain.shape)
         if gain[one, other] <= 0:
-            return partner
+            break
         partner[[one, other]] = partner[[other, one]]
+    return partner
 
 
 def _held(experts: NDArray[Any], num_experts: int) -> Floats:

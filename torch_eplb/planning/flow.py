@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torch_eplb.placement import Placement
-from torch_eplb.planning import swift
+from torch_eplb.planning import flashlb, swift
 from torch_eplb.planning.batches import Replicas, solve_batches, tightest_cuts
 from torch_eplb.planning.deepseek import groups_on_nodes, node_bound, place
 from torch_eplb.planning.judges import CutJudge, EvenJudge, Judge, all_sets
@@ -81,12 +81,12 @@ _STEPS_PER_ROUND = 12
 _ROUNDS = 8
 
 _FAR = 1.2
-"""Mean PAR above which a layer starts from the moves of "swift"."""
+"""Mean PAR above which a layer does not start from where it is: see `_Task._leap`."""
 
 _CUTS_COST = 3
 """What finding a layer's cuts costs, in search steps."""
 
-_WORK = 3 << 27
+_WORK = 2 << 27
 """Numbers that searching by cuts may look at per plan, about: under a second's worth. What is then
 left undone is left to the next rebalance, worst layers first."""
 
@@ -207,9 +207,10 @@ class _Task:
         live = list(searches)
         step_cost = 4 * self.x.shape[0] * self.num_experts * self.num_ranks
         budget = max(_WORK // step_cost, 3 * len(searches))
-        self._leap(searches, tried)
+        values, cuts = self._leap(searches, tried)
         for turn in range(_ROUNDS + 1):
-            values, cuts = binding_cuts(self.x[:, live], tried[live])
+            if turn:
+                values, cuts = binding_cuts(self.x[:, live], tried[live])
             budget -= _CUTS_COST * len(live) if turn else 0
             pending = []
             for layer, now, sets in zip(live, values, cuts, strict=True):
@@ -238,28 +239,36 @@ class _Task:
             if not live:
                 return
 
-    def _leap(self, searches: dict[int, Search], tried: Placed) -> None:
-        """Start layers that are far from balance from the moves of "swift", if those pay.
+    def _leap(self, searches: dict[int, Search], tried: Placed) -> tuple[Floats, list[Bools]]:
+        """Start layers that are far from balance from elsewhere, if that pays.
 
-        The search makes better moves, but takes its time over each.
+        The search makes better moves, but takes its time over each. Tried are the few moves of
+        "swift" and a placement anew by risk ("flashlb" without its search). Returns what
+        `binding_cuts` says of ``tried``, which is changed in place.
         """
         layers = np.array(list(searches))
-        before = binding_cuts(self.x[:, layers], tried[layers])[0]
-        layers, before = layers[before > _FAR], before[before > _FAR]
-        if not len(layers):
-            return
-        start = Placement(tried[layers], self.num_experts)
+        values, cuts = binding_cuts(self.x[:, layers], tried[layers])
+        far = np.flatnonzero(values > _FAR)
+        if not len(far):
+            return values, cuts
+        net = values.copy()
+        x, start = self.x[:, layers[far]], Placement(tried[layers[far]], self.num_experts)
         topology = self.topology or Topology(self.num_ranks)
-        leap = start.align(swift.plan(self.x[:, layers], start, topology)).experts
-        after = binding_cuts(self.x[:, layers], leap)[0]
-        for index, layer in enumerate(layers.tolist()):
-            search = searches[layer]
-            search.reset(leap[index])
-            pays = before[index] - after[index] > self.knobs.min_gain * search.moved
-            if pays and search.moved <= search.most:
-                tried[layer] = leap[index]
-            else:
+        nodes = topology.num_nodes if self.topology else 1
+        few = swift.plan(x, start, topology).experts
+        anew = flashlb.place_by_risk(x, start.experts, start.experts, nodes, depth=1)
+        for leap in (few, anew):
+            leap_values, leap_cuts = binding_cuts(x, leap)
+            for row, index in enumerate(far.tolist()):
+                layer = int(layers[index])
+                search = searches[layer]
+                search.reset(leap[row])
+                leap_net = leap_values[row] + self.knobs.min_gain * search.moved
+                if leap_net < net[index] and search.moved <= search.most:
+                    net[index], tried[layer] = leap_net, leap[row]
+                    values[index], cuts[index] = leap_values[row], leap_cuts[row]
                 search.reset(tried[layer])
+        return values, cuts
 
 
 def binding_cuts(x: Floats, experts: Placed) -> tuple[Floats, list[Bools]]:

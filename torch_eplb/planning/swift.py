@@ -53,34 +53,35 @@ def _replicate_hottest(experts: NDArray[np.int32], weight: NDArray[np.float64]) 
     experts: ``[ranks, slots]``; weight: ``[experts]``.
     """
     ranks, slots = experts.shape
-    counts = np.bincount(experts.reshape(-1), minlength=len(weight))
-    held = np.zeros((ranks, len(weight)), dtype=bool)
-    held[np.arange(ranks)[:, None], experts] = True
+    flat = experts.reshape(-1)
+    rank_of = np.repeat(np.arange(ranks), slots)
+    counts = np.bincount(flat, minlength=len(weight))
+    held = np.zeros((len(weight), ranks), dtype=bool)
+    held[flat, rank_of] = True
     margin = MIN_IMPROVEMENT * weight.sum() / ranks
-    changed = np.zeros(experts.shape, dtype=bool)
-    for _ in range(ranks * slots - len(np.unique(experts))):
-        here = counts > 0
-        hot = int(np.where(here & (counts < ranks), weight / np.maximum(counts, 1), -1.0).argmax())
-        spare = (counts[experts] > 1) & ~held[:, hot][:, None] & ~changed
-        if not here[hot] or counts[hot] >= ranks or not spare.any():
-            return
-        # What a replica of the giver gets once it has one less.
-        after = np.where(spare, weight[experts] / np.maximum(counts[experts] - 1, 1), np.inf)
+    changed = np.zeros(len(flat), dtype=bool)
+    # Per replica: now, where one more is possible; and with one less, where one can be spared.
+    each = np.where((counts > 0) & (counts < ranks), weight / np.maximum(counts, 1), -1.0)
+    without = np.where(counts > 1, weight / np.maximum(counts - 1, 1), np.inf)
+    for _ in range(len(flat) - int((counts > 0).sum())):
+        hot = int(each.argmax())
+        after = np.where(changed | held[hot, rank_of], np.inf, without[flat])
         coolest = after.min()
-        if weight[hot] / counts[hot] <= coolest + margin:
+        if each[hot] < 0 or np.isinf(coolest) or each[hot] <= coolest + margin:
             return
-        rank_load = (weight / np.maximum(counts, 1))[experts].sum(axis=1)
-        # Among equally cool givers, free the slot on the lightest rank.
-        rank, slot = np.argwhere(after == coolest)[
-            rank_load[np.argwhere(after == coolest)[:, 0]].argmin()
-        ]
-        cold = experts[rank, slot]
-        counts[cold] -= 1
-        counts[hot] += 1
-        held[rank, cold] = False
-        held[rank, hot] = True
-        experts[rank, slot] = hot
-        changed[rank, slot] = True
+        givers = np.flatnonzero(after == coolest)
+        if len(givers) > 1:  # equally cool: free the slot on the lightest rank
+            load = (weight / np.maximum(counts, 1))[experts].sum(axis=1)
+            givers = givers[load[rank_of[givers]].argmin()][None]
+        slot = givers[0]
+        cold, rank = flat[slot], rank_of[slot]
+        held[cold, rank], held[hot, rank] = False, True
+        flat[slot] = hot
+        changed[slot] = True
+        for expert, more in ((cold, -1), (hot, 1)):
+            count = counts[expert] = counts[expert] + more
+            each[expert] = weight[expert] / count if count < ranks else -1.0
+            without[expert] = weight[expert] / (count - 1) if count > 1 else np.inf
 
 
 def _swap_pairs(experts: NDArray[np.int32], weight: NDArray[np.float64]) -> None:
@@ -94,10 +95,9 @@ def _swap_pairs(experts: NDArray[np.int32], weight: NDArray[np.float64]) -> None
         difference = rank_load[hot] - rank_load[cold]
         # [slots of hot, slots of cold]: the difference that is left after the swap
         left = np.abs(difference - 2 * (each[hot][:, None] - each[cold][None, :]))
-        doubles = np.isin(experts[hot], experts[cold])[:, None] | np.isin(
-            experts[cold], experts[hot]
-        )
-        left[doubles] = np.inf
+        same = experts[hot][:, None] == experts[cold]
+        left[same.any(axis=1)] = np.inf  # the other rank has it already
+        left[:, same.any(axis=0)] = np.inf
         a, b = np.unravel_index(left.argmin(), left.shape)
         if left[a, b] + margin < difference:
             experts[hot, a], experts[cold, b] = experts[cold, b], experts[hot, a]
