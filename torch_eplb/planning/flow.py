@@ -248,7 +248,7 @@ class _Task:
         """
         layers = np.array(list(searches))
         values, cuts = binding_cuts(self.x[:, layers], tried[layers])
-        far = np.flatnonzero(values > _FAR)
+        far = np.flatnonzero(values > max(_FAR, self.knobs.target_par))
         if not len(far):
             return values, cuts
         net = values.copy()
