@@ -144,16 +144,32 @@ def test_more_moves_are_made_if_they_may_be() -> None:
     assert pars[-1] < 1.05 < 1.3 < pars[0]
 
 
-def test_a_leap_from_elsewhere_keeps_to_the_bound() -> None:
-    # Far from balance on many ranks: flow would start from swift's or flashlb's placement.
-    load = _load(6, 3, 64)
-    current, topology = Placement.initial(3, 64, 16, 5), Topology(16)
-    assert (_judged(load, current, topology, "batch") > 1.5).all()
-    free = current.newly_held(_plan(load, current, topology, "batch"))
+@pytest.mark.parametrize("ranks", [8, 16])
+@pytest.mark.parametrize("choice", ["batch", "even"])
+def test_a_leap_from_elsewhere_keeps_to_the_bound(ranks: int, choice: str) -> None:
+    # Far from balance, flow would start from swift's or flashlb's placement.
+    experts, topology = 4 * ranks, Topology(ranks)
+    load = _load(6, 2, experts)
+    current = Placement.initial(2, experts, ranks, 5)
+    assert (_judged(load, current, topology, choice) > 1.4).all()
+    free = current.newly_held(_plan(load, current, topology, choice))
     assert (free > 10).all()
     for most in (0, 1, 5, 10):
-        after = _plan(load, current, topology, "batch", max_moves=most)
+        after = _plan(load, current, topology, choice, max_moves=most)
         assert (current.newly_held(after) <= most).all()
+
+
+@pytest.mark.parametrize("ranks", [8, 16])
+def test_loads_that_rise_and_fall_together_are_told_apart(ranks: int) -> None:
+    # Half of the experts are hot in turns with the other half. Experts in order have them on the
+    # same ranks, where no mean shows that they need not be.
+    experts = 4 * ranks
+    load = np.full((8, 1, experts), 50.0)
+    load[::2, :, : experts // 2] = load[1::2, :, experts // 2 :] = 150.0
+    current = Placement(np.arange(experts).reshape(1, ranks, 4), experts)
+    after = _plan(load, current, Topology(ranks), "batch")
+    assert judged_par(load, current, even_split(current), "even").mean() == pytest.approx(1.5)
+    assert judged_par(load, after, even_split(after), "even").mean() < 1.05
 
 
 # What flow is for.

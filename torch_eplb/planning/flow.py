@@ -2,8 +2,9 @@
 
 It judges placements on the window's samples under the split that the runtime will use, starting
 from the live placement: nothing moves in a layer that the split alone balances, and elsewhere only
-what pays (`search`). Where the split of every batch is solved, what counts is not how even the
-mean loads are but whether hot ranks can hand tokens on: see `judges.CutJudge`.
+what pays (`search`). A layer that is far from balance may start from another policy's placement, if
+all that moves for it pays. Where the split of every batch is solved, what counts is not how even
+the mean loads are but whether hot ranks can hand tokens on: see `judges.CutJudge`.
 
 Samples are sums over several steps, and single steps scatter more than sums do; so each sample's
 distance from the mean is widened before judging (`SPREAD`).
@@ -12,6 +13,7 @@ distance from the mean is widened before judging (`SPREAD`).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +30,7 @@ from torch_eplb.planning.search import Search
 __all__ = ["SPREAD", "Knobs", "plan"]
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 Placed = NDArray[np.int32]
 
@@ -159,14 +162,21 @@ class _Task:
         experts = np.array(start)
         value = np.zeros(len(start))
         searches = {int(layer): self._search(start, int(layer)) for layer in np.flatnonzero(mask)}
-        judge: Judge | None = None
+        judge: Judge
         if self.fixed:
             judge = EvenJudge()
         elif self.num_ranks <= _SMALL:
             judge = CutJudge(all_sets(self.num_ranks))
-        if judge is None:
+        else:
             self._search_by_cuts(searches, experts, value)
             return experts, value
+
+        def rate(layers: Ints, tried: Placed) -> Floats:
+            for layer, placed in zip(layers.tolist(), tried, strict=True):
+                searches[layer].reset(placed)
+            return np.array([searches[layer].value(judge) for layer in layers.tolist()])
+
+        self._leap(searches, experts, rate)
         for layer, search in searches.items():
             search.run(judge, self.knobs.target_par, _STEPS)
             experts[layer] = search.experts(self.num_slots)
@@ -207,10 +217,9 @@ class _Task:
         live = list(searches)
         step_cost = 4 * self.x.shape[0] * self.num_experts * self.num_ranks
         budget = max(_WORK // step_cost, 3 * len(searches))
-        values, cuts = self._leap(searches, tried)
+        self._leap(searches, tried, lambda layers, at: binding_cuts(self.x[:, layers], at)[0])
         for turn in range(_ROUNDS + 1):
-            if turn:
-                values, cuts = binding_cuts(self.x[:, live], tried[live])
+            values, cuts = binding_cuts(self.x[:, live], tried[live])
             budget -= _CUTS_COST * len(live) if turn else 0
             pending = []
             for layer, now, sets in zip(live, values, cuts, strict=True):
@@ -239,36 +248,39 @@ class _Task:
             if not live:
                 return
 
-    def _leap(self, searches: dict[int, Search], tried: Placed) -> tuple[Floats, list[Bools]]:
-        """Start layers that are far from balance from elsewhere, if that pays.
+    def _leap(
+        self,
+        searches: dict[int, Search],
+        tried: Placed,
+        rate: Callable[[Ints, Placed], Floats],
+    ) -> None:
+        """Start layers that are far from balance from elsewhere, if that pays; in place.
 
-        The search makes better moves, but takes its time over each. Tried are the few moves of
-        "swift" and a placement anew by risk ("flashlb" without its search). Returns what
-        `binding_cuts` says of ``tried``, which is changed in place.
+        A local search stays near where it starts, and takes its time over each move. Tried are
+        the few moves of "swift" and a placement anew by risk ("flashlb" without its search).
+        ``rate`` gives the layers' mean PAR.
         """
         layers = np.array(list(searches))
-        values, cuts = binding_cuts(self.x[:, layers], tried[layers])
-        far = np.flatnonzero(values > max(_FAR, self.knobs.target_par))
-        if not len(far):
-            return values, cuts
-        net = values.copy()
-        x, start = self.x[:, layers[far]], Placement(tried[layers[far]], self.num_experts)
+        net = rate(layers, tried[layers])
+        far = net > max(_FAR, self.knobs.target_par)
+        layers, net = layers[far], net[far]
+        if not len(layers):
+            return
+        x, start = self.x[:, layers], Placement(tried[layers], self.num_experts)
         topology = self.topology or Topology(self.num_ranks)
         nodes = topology.num_nodes if self.topology else 1
         few = swift.plan(x, start, topology).experts
         anew = flashlb.place_by_risk(x, start.experts, start.experts, nodes, depth=1)
         for leap in (few, anew):
-            leap_values, leap_cuts = binding_cuts(x, leap)
-            for row, index in enumerate(far.tolist()):
-                layer = int(layers[index])
+            value = rate(layers, leap)
+            for index, layer in enumerate(layers.tolist()):
                 search = searches[layer]
-                search.reset(leap[row])
-                leap_net = leap_values[row] + self.knobs.min_gain * search.moved
+                search.reset(leap[index])
+                leap_net = value[index] + self.knobs.min_gain * search.moved
                 if leap_net < net[index] and search.moved <= search.most:
-                    net[index], tried[layer] = leap_net, leap[row]
-                    values[index], cuts[index] = leap_values[row], leap_cuts[row]
-                search.reset(tried[layer])
-        return values, cuts
+                    net[index], tried[layer] = leap_net, leap[index]
+        for layer in layers.tolist():
+            searches[layer].reset(tried[layer])
 
 
 def binding_cuts(x: Floats, experts: Placed) -> tuple[Floats, list[Bools]]:
