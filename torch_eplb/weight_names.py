@@ -30,7 +30,7 @@ _MOE_BLOCKS = ("block_sparse_moe",)
 def usual_names(key: str, expert: int | None) -> Iterator[Sequence[str]]:
     """Names under which checkpoints hold ``key``, other than itself; see `NameRule`.
 
-    >>> next(usual_names("layers.0.mlp.experts.gate_up_proj", 3))
+    >>> list(usual_names("layers.0.mlp.experts.gate_up_proj", 3))[1]
     ['layers.0.mlp.experts.3.gate_proj.weight', 'layers.0.mlp.experts.3.up_proj.weight']
     >>> list(usual_names("layers.0.mlp.gate.weight", None))
     [['layers.0.block_sparse_moe.gate.weight']]
