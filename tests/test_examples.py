@@ -50,6 +50,7 @@ def test_the_main_job_balances_a_trained_model_and_its_tokens_are_equal(tmp_path
         ("examples/benchmarks/migration.py", "--short"),
         ("examples/benchmarks/schedule.py", "--quick"),
         ("examples/benchmarks/planning.py", "--short"),
+        ("examples/benchmarks/optimum.py", "--short"),
     ],
     ids=lambda arguments: Path(arguments[0]).stem,
 )
