@@ -102,7 +102,7 @@ def optimum(x: NDArray[np.float64], ranks: int, slots: int, limit: float) -> tup
 
 
 def from_trace(seed: int, experts: int) -> NDArray[np.float64]:
-    """Neighbouring steps of the recorded trace, some of a layer's experts: ``[samples, experts]``."""
+    """Neighbouring steps of the trace, some of a layer's experts: ``[samples, experts]``."""
     rng = np.random.default_rng(seed)
     counts = read_trace(TRACE).counts
     start, layer = rng.integers(len(counts) - SAMPLES), rng.integers(counts.shape[2])
