@@ -56,6 +56,14 @@ def test_replica_counts_are_searched_together_with_the_placement() -> None:
     assert peak <= 210
 
 
+def test_a_replica_that_finds_room_only_beside_its_sibling_changes_places() -> None:
+    load = np.array([[[59.0, 11.0, 303.0, 12.0, 11.0, 61.0, 19.0, 77.0, 230.0]]])
+    current = Placement.initial(1, 9, 2, 5)
+    # Placement refuses two replicas on a rank.
+    placed = Placement(flashlb.place_by_risk(load, current.experts, current.experts), 9)
+    assert _par(load, placed) < 1.05
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_it_beats_a_placement_by_mean_load(seed: int) -> None:
     load = _skewed(seed)

@@ -130,7 +130,8 @@ def place_by_risk(
     found = np.empty((len(x), on_node, slots), dtype=np.int32)
     live = live.reshape(found.shape)
     for index, mean in enumerate(x.mean(axis=2)):
-        part_siblings(rank[index], np.zeros_like(rank[index]), expert[index], mean, on_node)
+        each = (mean / counts[index])[expert[index]]
+        part_siblings(rank[index], np.zeros_like(rank[index]), expert[index], each, on_node)
         by_rank = expert[index, np.argsort(rank[index], kind="stable")]
         new = logical[index, by_rank].reshape(on_node, slots)
         found[index] = new[_namesakes(new, live[index], int(where.max()) + 1)]
