@@ -261,3 +261,15 @@ def test_binding_cuts_prove_the_peak(ranks: int) -> None:
         bound = np.maximum(per_rank.max(axis=0), 1.0).mean()
         assert bound <= value[layer] + 1e-9
         assert bound >= value[layer] * 0.97
+
+
+def test_noise_is_not_chased_with_a_placement_anew_at_every_plan() -> None:
+    rng = np.random.default_rng(0)
+    current = Placement.initial(1, 256, 32, 9)
+    moved = []
+    for _ in range(4):
+        load = rng.poisson(5, (25, 1, 256)).astype(float)
+        planned = make_policy("flow")(load, current, Topology(32)).placement
+        moved.append(int(current.newly_held(planned)[0]))
+        current = planned
+    assert max(moved[1:]) < current.num_ranks * current.num_slots // 3, moved
