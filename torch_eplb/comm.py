@@ -17,6 +17,7 @@ import _thread
 import contextlib
 import itertools
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -94,6 +95,9 @@ class Planes:
         group: the expert-parallel group whose ranks hold the experts.
         device: where the expert weights are.
         timeout: seconds that any operation may take.
+
+    Attributes:
+        round_index: the round of transfers that is in flight, or None; for error messages.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout: float) -> None:
@@ -105,6 +109,8 @@ class Planes:
         self.global_ranks: list[int] = dist.get_process_group_ranks(group)
         self.backend = backend_of(group, device)
         self.fake = self.backend == "fake"
+        self.round_index: int | None = None
+        self._owner = os.getpid()
         self.control = self._new_group("fake" if self.fake else "gloo", None)
         self._data: dist.ProcessGroup | None = None
 
@@ -156,6 +162,7 @@ class Planes:
 
     def gather_json(self, value: Any) -> list[Any]:
         """Every rank's JSON value, in rank order. Blocks; for construction only."""
+        self.check_process()
         if self.fake:
             return [value] * self.num_ranks
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -205,8 +212,28 @@ class Planes:
                 + " | ".join(differing)
             )
 
+    @property
+    def forked(self) -> bool:
+        """Whether this process is a fork of the one that made the groups, and cannot use them."""
+        return os.getpid() != self._owner
+
+    def check_process(self) -> None:
+        """Refuse to communicate in a forked process, where nothing would ever arrive.
+
+        Raises:
+            EPLBError: this process was forked.
+        """
+        if self.forked:
+            raise EPLBError(
+                f"this process ({os.getpid()}) was forked from the one that wrapped the model "
+                f"({self._owner}), whose process groups it cannot use. Fork before wrapping, or "
+                "call unwrap() first to hand the plain model to forked processes"
+            )
+
     def close(self) -> None:
         """Give both groups back. Never raises: a group whose peer is gone may not close cleanly."""
+        if self.forked:
+            return  # they are the parent's, and destroying them would wait for its threads
         groups = [self.control] if self._data is None else [self.control, self._data]
         for group in groups:
             # The default group may be gone already (destroyed by the user): then so are these.
@@ -214,9 +241,7 @@ class Planes:
                 dist.destroy_process_group(group)
 
 
-def wait_for(
-    work: dist.Work | None, planes: Planes, what: str, round_index: int | None = None
-) -> None:
+def wait_for(work: dist.Work | None, planes: Planes, what: str) -> None:
     """Wait for one operation, at most ``timeout`` seconds.
 
     Raises:
@@ -227,15 +252,14 @@ def wait_for(
     try:
         work.wait(timedelta(seconds=planes.timeout))
     except (RuntimeError, dist.DistBackendError) as error:
-        raise peer_lost(planes, what, error, round_index) from error
+        raise peer_lost(planes, what, error) from error
 
 
-def peer_lost(
-    planes: Planes, what: str, error: BaseException, round_index: int | None = None
-) -> PeerLostError:
+def peer_lost(planes: Planes, what: str, error: BaseException) -> PeerLostError:
     """The exception for a failed operation, with the names of the ranks that do not answer."""
     lost = find_lost_ranks(planes)
     who = f"rank{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))}" if lost else "a rank"
+    round_index = planes.round_index
     where = f" in round {round_index}" if round_index is not None else ""
     return PeerLostError(
         f"{who} did not answer within {planes.timeout:g} s during {what}{where}: {error}",

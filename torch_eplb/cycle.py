@@ -222,8 +222,7 @@ class RebalanceCycle:
             return _Agreed(0, _UNKNOWN, _OK)
         values, work = self._agreement
         self._agreement = None
-        in_flight = self._migration.round if self._migration.in_flight else None
-        wait_for(work, self._planes, "the agreement between ranks", in_flight)
+        wait_for(work, self._planes, "the agreement between ranks")
         progress, plan_words, minus_fault, least, minus_most = values.tolist()
         if least != -minus_most:
             raise EPLBError(

@@ -79,7 +79,7 @@ def prepare(
     error: Exception | None = None
     try:
         inspected = _inspect(model, group, kwargs)
-    except (ValueError, TypeError, OSError, ImportError) as found:
+    except Exception as found:  # whatever it is, the other ranks must hear of it
         error = found
     timeout = inspected.config.timeout if inspected else Config().timeout
     planes = Planes(group, inspected.device if inspected else torch.device("cpu"), timeout)

@@ -14,6 +14,7 @@ __all__ = ["all_gather_counts", "exchange_counts", "exchange_rows", "share_input
 
 def exchange_counts(counts_RS: torch.Tensor, planes: Planes) -> torch.Tensor:
     """Row ``r`` goes to rank ``r``; the answer's row ``r`` came from rank ``r``."""
+    planes.check_process()
     received = torch.empty_like(counts_RS)
     work = dist.all_to_all_single(received, counts_RS, group=planes.group, async_op=True)
     wait_for(work, planes, "the dispatch of tokens")
@@ -22,6 +23,7 @@ def exchange_counts(counts_RS: torch.Tensor, planes: Planes) -> torch.Tensor:
 
 def all_gather_counts(counts_E: torch.Tensor, planes: Planes) -> torch.Tensor:
     """``[E]`` of every rank as ``[R, E]``."""
+    planes.check_process()
     gathered = counts_E.new_empty(planes.num_ranks * counts_E.numel())
     work = all_gather_single(gathered, counts_E, group=planes.group, async_op=True)
     wait_for(work, planes, "the dispatch of tokens")
@@ -31,6 +33,7 @@ def all_gather_counts(counts_E: torch.Tensor, planes: Planes) -> torch.Tensor:
 def _all_to_all(
     rows: torch.Tensor, send: list[int], receive: list[int], planes: Planes
 ) -> torch.Tensor:
+    planes.check_process()
     received = rows.new_empty((sum(receive), *rows.shape[1:]))
     if planes.fake:
         # The fake backend moves nothing between ranks: what others would send stays zero (memory
@@ -91,6 +94,7 @@ class _SumOutput(torch.autograd.Function):
         if torch.compiler.is_compiling():
             dist.all_reduce(total, group=planes.group)
         else:
+            planes.check_process()
             work = dist.all_reduce(total, group=planes.group, async_op=True)
             wait_for(work, planes, "the sum of the ranks' outputs")
         return total

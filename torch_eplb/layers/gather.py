@@ -67,6 +67,7 @@ def gather_tensor(
     Raises:
         PeerLostError: a rank did not come within the time limit.
     """
+    planes.check_process()
     held = np.where(live, experts, -1)
     in_place = result is not None and result.device == tensor.device
     pending: list[dist.Work | None] = []

@@ -90,6 +90,7 @@ class Migration:
         drained = transfers.transfers[transfers.direct]
         self.live[_targets(drained)] = False
         self._update_tables(drained[:, LAYER])
+        self._planes.round_index = self.round
         try:
             self._exchange.post(self.round, transfers)
         except (RuntimeError, TimeoutError) as error:
@@ -120,6 +121,7 @@ class Migration:
     def commit(self) -> None:
         """Weights and routes of the round change now. Call when every rank has finished it."""
         self._exchange.commit()
+        self._planes.round_index = None
         transfers = self.rounds[self.round].transfers
         targets = _targets(transfers)
         self.experts[targets] = transfers[:, EXPERT]
@@ -137,6 +139,7 @@ class Migration:
         fetches their experts again from live replicas.
         """
         self._exchange.drop()
+        self._planes.round_index = None
         rows = []
         for layer, rank, slot in np.argwhere(~self.live).tolist():
             expert = self.experts[layer, rank, slot]
@@ -162,7 +165,7 @@ class Migration:
         self._tables.update(self.placement, split, self.live, chosen)
 
     def _lost(self, error: BaseException) -> Exception:
-        return peer_lost(self._planes, "a transfer of experts", error, self.round)
+        return peer_lost(self._planes, "a transfer of experts", error)
 
 
 def _targets(transfers: NDArray[np.int32]) -> tuple[NDArray[np.int32], ...]:
