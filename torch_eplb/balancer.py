@@ -32,9 +32,10 @@ from torch_eplb.config import PHASES, Config
 from torch_eplb.cycle import RebalanceCycle
 from torch_eplb.errors import EPLBError
 from torch_eplb.expert_map import write_expert_map
-from torch_eplb.layers.dispatch import BoundToRanks, Dispatch, RoutingState, make_dispatch
+from torch_eplb.layers.dispatch import BoundToRanks, Dispatch, make_dispatch
 from torch_eplb.layers.experts import ExpertLayer
 from torch_eplb.layers.gather import gather_layer
+from torch_eplb.layers.state import RoutingState
 from torch_eplb.metrics import Stats
 from torch_eplb.migration.exchange import Exchange
 from torch_eplb.migration.migration import Migration
@@ -126,7 +127,7 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
             )
         self._counters = counters
         self._tables = tables
-        state = RoutingState(
+        self._state = state = RoutingState(
             planes, tables, counters, config.replica_choice, num_slots=placement.num_slots
         )
         for layer, experts in zip(self._layers, placement.experts[:, planes.rank], strict=True):
@@ -149,13 +150,17 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
             for index, layer in enumerate(self._layers)
         ]
         self._clock = clock.register(self)
-        self._step_hook = self.module.register_forward_pre_hook(self._before_step, prepend=True)
+        self._step_hooks = [
+            self.module.register_forward_pre_hook(self._before_step, prepend=True),
+            self.module.register_forward_hook(self._after_step),
+        ]
         self._step = 0
+        self._forward_under_way = False
         self._hook_seconds = 0.0
         self._phase: str | None = None
         self._paused = 0
         self._closed = False
-        self._failed = False
+        self._failure: str | None = None
         self._unwrapped = False
         self._warned_about_phase = False
         self._on_meta = any(t.is_meta for layer in self._layers for t in layer.tensors())
@@ -184,13 +189,41 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
             # In a graph the boundary is one opaque operation that runs at every call.
             clock.begin_step(self._tables.slots_LEM, self._counters.values, self._clock)
             return
-        self._boundary()
+        if self._is_retry():
+            self._counters.set_recording(self._wants_recording())
+        else:
+            self._boundary()
+        self._forward_under_way = True
+
+    def _after_step(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._forward_under_way = False
+
+    def _is_retry(self) -> bool:
+        """Whether the last forward raised before it had exchanged anything with other ranks.
+
+        They are still in that step, waiting for this rank, so the next forward takes its place.
+        Where the layers dispatch by themselves this cannot be known; there every forward counts.
+        """
+        interrupted = self._forward_under_way and not self._state.entered
+        return interrupted and self.config.dispatch != "external"
 
     def _boundary(self) -> None:
-        if self._closed or self._failed or _capturing(self._planes.device):
+        if _capturing(self._planes.device):
             return
         if self._on_meta:
             self._refuse_meta("run a forward")
+        self._state.entered = False
+        # After a forward that not every rank made, those behind pass the others' boundaries, too.
+        while self._step <= self._state.latest_step and not (self._closed or self._failed):
+            self._pass_boundary()
+        if not (self._closed or self._failed):
+            self._pass_boundary()
+        # Only after an error: nobody waits for a step of this rank any more.
+        self._state.step = -1 if self._closed or self._failed else self._step - 1
+
+    def _pass_boundary(self) -> None:
+        self._planes.check_process()
         start = time.perf_counter()
         try:
             if self._recorder is not None and self._step > 0:
@@ -200,12 +233,17 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
         except EPLBError as error:
             # Weights and routes are those of the last commit. Balancing ends here; the model can
             # still be saved, or go on if it can do without the lost rank.
-            self._failed = True
+            self._failure = str(error)
             logger.error("rank %d: balancing ends: %s", self._planes.rank, error)
             raise
         finally:
             self._step += 1
             self._hook_seconds += time.perf_counter() - start
+
+    @property
+    def _failed(self) -> bool:
+        """Whether an error has ended balancing."""
+        return self._failure is not None
 
     def step(self) -> None:
         """Count one forward that the hooks do not see: a replay of a captured CUDA or NPU graph.
@@ -277,7 +315,7 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
             planner_restarts=self._planner.restarts if self._planner else 0,
             rebalances_abandoned=cycle.abandoned,
             stalled=cycle.stalled,
-            disabled=cycle.disabled,
+            disabled=cycle.disabled or self._failure,
         )
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
@@ -373,8 +411,8 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
             return
         try:
             self._cycle.drain(self._step)
-        except EPLBError:
-            self._failed = True
+        except EPLBError as error:
+            self._failure = str(error)
             raise
 
     # ---- the end ------------------------------------------------------------------------------
@@ -389,7 +427,7 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
         if self._closed:
             return
         try:
-            if not self._failed:
+            if not (self._failed or self._planes.forked):
                 self._cycle.drain(self._step)
                 if self._recorder is not None:
                     self._recorder.boundary()
@@ -401,10 +439,12 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
     def _release(self) -> None:
         """Give back what this rank holds; talks to nobody."""
         self._closed = True
-        self._step_hook.remove()
+        self._state.step = -1
+        for hook in self._step_hooks:
+            hook.remove()
         if self._planner is not None:
             self._planner.close()
-        if self._recorder is not None:
+        if self._recorder is not None and not self._planes.forked:
             with contextlib.suppress(EPLBError):
                 self._recorder.close()
         self._finalizer()
@@ -422,6 +462,7 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
         """
         if not self._unwrapped:
             self._refuse_meta("unwrap")
+            self._planes.check_process()
             if not self._closed:
                 self._cycle.drain(self._step)
             for index, layer in enumerate(self._layers):

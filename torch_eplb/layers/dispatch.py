@@ -22,8 +22,8 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
-from torch_eplb.comm import Planes
 from torch_eplb.layers.collectives import (
     all_gather_counts,
     exchange_counts,
@@ -32,9 +32,8 @@ from torch_eplb.layers.collectives import (
     sum_output,
 )
 from torch_eplb.layers.experts import ExpertLayer
+from torch_eplb.layers.state import RoutingState
 from torch_eplb.routing import (
-    LoadCounters,
-    RoutingTables,
     choose_from_table,
     choose_locally,
     count_hits,
@@ -54,25 +53,7 @@ def _outside_graphs(hook: _Hook) -> _Hook:
     return hook
 
 
-__all__ = ["BoundToRanks", "Dispatch", "RoutingState", "make_dispatch"]
-
-
-@dataclass
-class RoutingState:
-    """What the hooks of all layers share.
-
-    Attributes:
-        planes: the process groups.
-        tables: routing tables of all layers, updated in place.
-        counters: load counters of all layers, updated in place.
-        replica_choice: see `torch_eplb.Config`.
-    """
-
-    planes: Planes
-    tables: RoutingTables
-    counters: LoadCounters
-    replica_choice: str
-    num_slots: int
+__all__ = ["BoundToRanks", "Dispatch", "make_dispatch"]
 
 
 class BoundToRanks:
@@ -177,8 +158,11 @@ class AllToAll(Dispatch):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden_TH, ids_TK, weights_TK = self._read(args, kwargs)
         with torch.no_grad():
-            order_N, send_RS, receive_RS = self._route(ids_TK)
-            sizes = torch.stack((send_RS.sum(1), receive_RS.sum(1))).tolist()
+            order_N, send_RS, receive_RS, positions_R = self._route(ids_TK)
+            *sizes, positions = torch.stack(
+                (send_RS.sum(1), receive_RS.sum(1), positions_R)
+            ).tolist()
+            self.state.compare(positions, self.index)
             num_received = sum(sizes[1])
             slots = torch.arange(self.state.num_slots, device=ids_TK.device)
             local_ids = torch.repeat_interleave(
@@ -193,18 +177,22 @@ class AllToAll(Dispatch):
         ones = weights_TK.new_ones(num_received, 1)
         return self._replace(args, kwargs, *_never_empty(rows, local_ids.view(-1, 1), ones))
 
-    def _route(self, ids_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The order in which choices are sent, and how many go to and come for every slot.
+    def _route(self, ids_TK: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The order in which choices are sent, how many go to and come for every slot, and where
+        every rank is.
 
         The order is on the device; for ``replica_choice="batch"`` the counts are on the host, where
         the split sizes are needed anyway.
         """
         state, planes, tables = self.state, self.state.planes, self.state.tables
+        position = state.position(self.index)
         if state.replica_choice == "batch":
             hits_E = count_hits(ids_TK, self.layer.num_experts)
+            state.entered = True
+            counts = all_gather_counts(pad(hits_E, (0, 1), value=position), planes).cpu()
             order_N, send_RS, receive_RS = plan_dispatch(
                 ids_TK,
-                all_gather_counts(hits_E, planes),
+                counts[:, :-1],
                 planes.rank,
                 tables.host_slots_LEM[self.index],
                 planes.num_ranks,
@@ -212,11 +200,13 @@ class AllToAll(Dispatch):
                 tables.topology.ranks_per_node,
             )
             state.counters.add(self.index, hits_E, send_RS.sum(1).to(ids_TK.device))
-            return order_N, send_RS, receive_RS
+            return order_N, send_RS, receive_RS, counts[:, -1]
         physical_N = self._choose(ids_TK).view(-1)
         send_RS = count_hits(physical_N, planes.num_ranks * state.num_slots)
         send_RS = send_RS.view(planes.num_ranks, state.num_slots)
-        return order_by_id(physical_N), send_RS, exchange_counts(send_RS, planes)
+        state.entered = True
+        received = exchange_counts(pad(send_RS, (0, 1), value=position), planes)
+        return order_by_id(physical_N), send_RS, received[:, :-1], received[:, -1]
 
     @_outside_graphs
     def after(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
@@ -269,6 +259,8 @@ class AllReduce(Dispatch):
         )
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling():
+            self.state.entered = True
         return sum_output(output, self.state.planes)
 
 
@@ -307,6 +299,7 @@ class CompactAllReduce(AllReduce):
         output = _without_padding(output, len(tokens))
         summed = output.new_zeros((shape[:-1].numel(), output.shape[-1]))
         summed = summed.index_add(0, tokens, output)
+        self.state.entered = True
         return sum_output(summed, self.state.planes).view(*shape[:-1], output.shape[-1])
 
 
