@@ -388,6 +388,7 @@ class RebalanceCycle:
         if migration.repairing:
             self.disabled = "received experts failed their checksums twice in a row"
             logger.error("balancing is off: %s; serving goes on", self.disabled)
+            migration.give_up()
             return
         self.abandoned += 1
         logger.warning(

@@ -151,6 +151,16 @@ class Migration:
             repair = Round(np.array(rows, dtype=np.int32), np.ones(len(rows), dtype=bool))
             self.rounds = (*self.rounds, repair)
 
+    def give_up(self) -> None:
+        """Drop the round in flight and start no other: drained slots stay out of use.
+
+        Their experts have other live replicas.
+        """
+        self._exchange.drop()
+        self._planes.round_index = None
+        self.rounds = self.rounds[: self.round]
+        self.repairing = False
+
     def _update_tables(self, layers: NDArray[np.int32] | None) -> None:
         """Tell the routing tables; None is all layers."""
         chosen = None if layers is None else np.unique(layers).tolist()
