@@ -14,9 +14,15 @@ from support.models import ToyModel, skewed_batch
 from support.ranks import run_ranks
 
 import torch_eplb
+from torch_eplb import setup
 from torch_eplb.expert_map import read_expert_map, write_expert_map
 from torch_eplb.testing import fake_process_group
 from torch_eplb.trace import read_trace
+
+
+class Unreadable(torch.nn.Module):
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("this model cannot be read")
 
 
 def differing(rank: int, world_size: int) -> None:
@@ -32,12 +38,24 @@ def differing(rank: int, world_size: int) -> None:
         (torch.nn.Linear(2, 2) if rank == 1 else model, {}, ["no MoE layer"]),
         (model, {"nonsense": 1} if rank == 1 else {}, ["has no argument nonsense"]),
         (model, {"num_redundant_experts": 2}, ["num_redundant_experts=2", "use 1, 4, 7"]),
+        (ToyModel(2 + (rank == 1)), {}, ["number of MoE layers", "2 on ranks 0, 2", "3 on rank 1"]),
+        (model.double() if rank == 2 else model, {}, ["layers.0.experts", "float64", "on rank 2"]),
+        (Unreadable() if rank == 1 else model, {}, ["cannot be read"]),
     ]
     for model_, options, says in cases:
-        with pytest.raises((ValueError, TypeError)) as caught:
+        with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:
             torch_eplb.wrap(model_, **{"timeout": 20, "num_redundant_experts": 1, **options})
         for text in says:
             assert text in str(caught.value), (text, str(caught.value))
+    model.float()
+    versions = torch.__version__, setup.__version__
+    if rank == 1:
+        torch.__version__, setup.__version__ = "9.8.7", "6.5"  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="differ in") as caught:
+        torch_eplb.wrap(model, num_redundant_experts=1, timeout=20)
+    for text in ("torch version", "9.8.7 on rank 1", "torch_eplb version", "6.5 on rank 1"):
+        assert text in str(caught.value), str(caught.value)
+    torch.__version__, setup.__version__ = versions  # type: ignore[assignment]
     # Nothing was changed: the model can still be wrapped.
     torch_eplb.wrap(model, num_redundant_experts=1, timeout=20).close()
 

@@ -16,6 +16,7 @@ from support.ranks import run_ranks
 from torch import nn
 
 import torch_eplb
+from torch_eplb.cycle import _ROUNDS
 
 
 class Detached(nn.Module):
@@ -64,7 +65,14 @@ def lose_a_rank(rank: int, world_size: int, how: int, dispatch: str) -> dict[str
         if dispatch == "external":
             balancer(torch.randint(0, 8, (50, 2), generator=generator))
         else:
-            balancer(skewed_batch(10, 16, 100 * step + rank))
+            source = 0 if dispatch == "all_reduce" else rank
+            balancer(skewed_batch(10, 16, 100 * step + source))
+
+    def in_the_middle_of_a_round() -> bool:
+        # Not yet reported as finished, so that the others cannot have committed it either.
+        migration = balancer._migration
+        unfinished = balancer._cycle._progress <= _ROUNDS + migration.round
+        return balancer.stats().rebalances > 0 and migration.in_flight and unfinished
 
     def serve_until_a_rank_is_lost() -> None:
         deadline = time.monotonic() + 40
@@ -72,12 +80,14 @@ def lose_a_rank(rank: int, world_size: int, how: int, dispatch: str) -> dict[str
         while time.monotonic() < deadline:
             forward(step)
             step += 1
-            if rank == 1 and balancer.stats().rebalances and balancer._migration.in_flight:
+            if rank == 1 and in_the_middle_of_a_round():
                 os.kill(os.getpid(), how)
 
     with torch.no_grad(), pytest.raises(torch_eplb.PeerLostError) as caught:
         serve_until_a_rank_is_lost()
     assert 1 in caught.value.ranks
+    assert caught.value.round_index == balancer._migration.round
+    assert f"in round {caught.value.round_index}" in str(caught.value)
     # The live slots hold what the last committed placement says; what was lost can be replaced.
     experts = original.experts if dispatch == "external" else [x.experts for x in original.layers]
     for index, layer in enumerate(experts):
@@ -89,7 +99,7 @@ def lose_a_rank(rank: int, world_size: int, how: int, dispatch: str) -> dict[str
     return {"version": version, "message": str(caught.value)}
 
 
-@pytest.mark.parametrize("dispatch", ["external", "all_to_all"])
+@pytest.mark.parametrize("dispatch", ["external", "all_to_all", "all_reduce"])
 def test_when_a_rank_is_killed_in_a_round_the_others_raise_and_keep_their_weights(
     dispatch: str,
 ) -> None:

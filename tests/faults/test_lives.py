@@ -1,0 +1,178 @@
+"""Forked processes, several models in one process, and wrappers that nobody closes."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from support.models import ToyModel, skewed_batch
+from support.ranks import run_ranks
+
+import torch_eplb
+
+QUICK: dict[str, Any] = {
+    "collect_interval": 3,
+    "plan_interval": 1,
+    "policy": "random",
+    "num_redundant_experts": 4,
+    "timeout": 30,
+}
+CLOSE: dict[str, float] = {"atol": 1e-5, "rtol": 1e-4}
+
+
+def in_fork(act: Callable[[], None]) -> None:
+    """Run ``act`` in a forked process, which must end well and soon."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            act()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    deadline = time.monotonic() + 20
+    while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(pid, 9)
+            os.waitpid(pid, 0)
+            raise TimeoutError("the forked process hangs")
+        time.sleep(0.01)
+    assert ended[1] == 0
+
+
+def forked(rank: int, world_size: int, dispatch: str) -> int:
+    model = ToyModel()
+    reference = copy.deepcopy(model)
+    balancer = torch_eplb.wrap(model, **QUICK, dispatch=dispatch)
+
+    def serve(steps: int) -> None:
+        for step in range(steps):
+            x = skewed_batch(12, 16, step)
+            torch.testing.assert_close(balancer(x), reference(x), **CLOSE)
+
+    def use() -> None:
+        uses: list[Callable[[], Any]] = [
+            lambda: balancer(skewed_batch(12, 16, 0)),
+            balancer.state_dict,
+            balancer.unwrap,
+        ]
+        if not balancer._closed:
+            uses += [balancer.step, lambda: balancer.load_state_dict(reference.state_dict())]
+        for refused in uses:
+            with pytest.raises(torch_eplb.EPLBError, match="was forked from .* unwrap"):
+                refused()
+        # What needs no other rank works, and nothing of the parent's is touched in the end.
+        assert balancer.stats().disabled is None
+        assert balancer.placement.num_experts == 8
+        balancer.close()
+        with pytest.raises(torch_eplb.EPLBError, match="was forked from"):
+            balancer(skewed_batch(12, 16, 0))
+        balancer._finalizer()
+
+    with torch.no_grad():
+        while not balancer._migration.in_flight:
+            serve(1)
+        in_fork(use)
+        before = balancer.stats().rebalances
+        while balancer.stats().rebalances < before + 2:
+            serve(1)
+        balancer.close()
+        in_fork(use)
+        serve(1)
+        in_fork(lambda: reference(skewed_batch(12, 16, 0)))
+        balancer.unwrap()
+        in_fork(lambda: model(skewed_batch(12, 16, 0)))
+    return balancer.stats().rebalances
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_is_refused_at_once_and_its_parent_goes_on() -> None:
+    results = run_ranks(forked, 2, "all_to_all")
+    assert results[0] == results[1] >= 2
+    run_ranks(forked, 2, "all_reduce")
+
+
+def two_models(rank: int, world_size: int) -> tuple[int, int]:
+    """Both over the same ranks, balanced in turn, one of them under another dispatch."""
+    models = [ToyModel(seed=1), ToyModel(3, seed=2)]
+    references = copy.deepcopy(models)
+    first = torch_eplb.wrap(models[0], **QUICK)
+    second = torch_eplb.wrap(models[1], **{**QUICK, "collect_interval": 4}, dispatch="all_reduce")
+    step = 0
+    with torch.no_grad():
+        while min(first.stats().rebalances, second.stats().rebalances) < 3:
+            for balancer, reference, source in zip(
+                (first, second), references, (rank, 0), strict=True
+            ):
+                x = skewed_batch(12, 16, 10 * step + source)
+                torch.testing.assert_close(balancer(x), reference(x), **CLOSE)
+            step += 1
+        first.close()
+        moved = second.stats().experts_moved
+        while second.stats().experts_moved == moved:
+            x = skewed_batch(12, 16, step)
+            torch.testing.assert_close(first(x), references[0](x), **CLOSE)
+            torch.testing.assert_close(second(x), references[1](x), **CLOSE)
+        assert torch.equal(second.unwrap()(x), references[1](x))
+    return first.stats().rebalances, second.stats().rebalances
+
+
+def test_two_models_in_one_process_are_balanced_side_by_side() -> None:
+    results = run_ranks(two_models, 2)
+    assert results[0] == results[1]
+
+
+def levels() -> dict[str, int]:
+    gc.collect()
+    process = psutil.Process()
+    return {
+        "threads": process.num_threads(),
+        "file descriptors": process.num_fds(),
+        "child processes": len(process.children()),
+        "shared memory": sum("/dev/shm" in m.path for m in process.memory_maps()),
+        "MiB": process.memory_info().rss >> 20,
+    }
+
+
+def drop(rank: int, world_size: int, times: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Wrap and drop; every tenth wrapper has experts in flight when it goes."""
+    before: dict[str, int] = {}
+    for number in range(times):
+        model = ToyModel(1)
+        balancer = torch_eplb.wrap(model, **QUICK)
+        if number % 10 == 0:
+            with torch.no_grad():
+                while not balancer._migration.in_flight:
+                    balancer(skewed_batch(6, 16, rank))
+        dist.barrier()
+        del model, balancer
+        if number == 20:
+            before = settled(None)
+    return before, settled(before)
+
+
+def settled(like: dict[str, int] | None) -> dict[str, int]:
+    """The levels, once the threads of the last wrapper have noticed its end."""
+    deadline = time.monotonic() + (20 if like else 0)
+    while (now := levels()) and time.monotonic() < deadline:
+        if like is not None and all(now[name] <= like[name] for name in like if name != "MiB"):
+            break
+        time.sleep(0.05)
+    return now
+
+
+def test_wrapping_and_dropping_a_hundred_times_leaves_nothing() -> None:
+    for before, after in run_ranks(drop, 2, 120, timeout=150):
+        for name, level in before.items():
+            assert after[name] <= level + (8 if name == "MiB" else 0), (before, after)
