@@ -1,0 +1,117 @@
+"""Four ranks live life after life with everything at once, and every output is compared.
+
+    TORCH_EPLB_SOAK_SECONDS=3600 TORCH_EPLB_SOAK_SEED=1 python -m pytest tests/soak
+
+A life is one wrapped model from `wrap` to its end, under a random configuration. In every step each
+rank compares its output with the unwrapped model's; after every commit it compares its slots, byte
+for byte, with the experts that they should hold. Faults come at random. What happens when is the
+same on all ranks and follows from the seed; what the planner is doing just then does not.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.life import Life
+from support.ranks import run_ranks
+
+RANKS = 4
+SECONDS = float(os.environ.get("TORCH_EPLB_SOAK_SECONDS", "15"))
+SEED = int(os.environ.get("TORCH_EPLB_SOAK_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
+
+
+def resources() -> dict[str, int]:
+    import gc
+
+    import psutil
+
+    gc.collect()
+    process = psutil.Process()
+    return {
+        "threads": process.num_threads(),
+        "file descriptors": process.num_fds(),
+        "child processes": len(process.children()),
+        "MiB of memory": process.memory_info().rss >> 20,
+    }
+
+
+def settled_resources(like: dict[str, int]) -> dict[str, int]:
+    """Once the threads of the last life have noticed its end, or in the end as it is."""
+    deadline = time.monotonic() + 20
+    while (now := resources()) and time.monotonic() < deadline:
+        if all(now[name] <= like[name] for name in list(like)[:3]):
+            break
+        time.sleep(0.05)
+    return now
+
+
+def soak(rank: int, world_size: int, seed: int, seconds: float) -> dict[str, Any]:
+    # Restart planners quickly, so that lives see their planner come back.
+    from torch_eplb.planning import process
+
+    process.BACKOFF_FIRST_SECONDS = 0.05
+    counts: Counter[str] = Counter()
+    before: dict[str, int] = {}
+    end = time.monotonic() + seconds
+    going_on = torch.ones(1)
+    number = 0
+    while bool(going_on):
+        life = Life(rank, world_size, f"{seed} {number}", counts)
+        try:
+            with torch.no_grad():
+                life.live()
+        except BaseException as error:
+            error.add_note(f"in life {number} of seed {seed}, {life.describe()}")
+            raise
+        del life
+        counts["lives"] += 1
+        number += 1
+        if number == 2:
+            before = settled_resources(dict.fromkeys(resources(), 0))
+        going_on.fill_(time.monotonic() < end or number < 3)
+        dist.broadcast(going_on, 0)
+    after = settled_resources(before)
+    for name in ("threads", "file descriptors", "child processes"):
+        assert after[name] <= before[name], (before, after)
+    assert after["MiB of memory"] <= before["MiB of memory"] + 50, (before, after)
+    return {"counts": counts, "before": before, "after": after}
+
+
+def test_a_model_lives_through_everything_at_once_without_a_wrong_output(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with capsys.disabled():
+        print(f"\nsoak: TORCH_EPLB_SOAK_SEED={SEED}, {RANKS} ranks, {SECONDS:g} s", flush=True)
+    results = run_ranks(soak, RANKS, SEED, SECONDS, timeout=SECONDS + 150)
+    # Some things are counted where they happen, others (with a capital) by every rank alike.
+    counts = Counter(results[0]["counts"])
+    for result in results[1:]:
+        for name, value in result["counts"].items():
+            if name.startswith("here: "):
+                counts[name] += value
+    faults = {name: n for name, n in counts.items() if name.startswith(("here: fault", "fault"))}
+    outcome = {name: n for name, n in counts.items() if name not in faults}
+    with capsys.disabled():
+        for title, group in (("did", outcome), ("faults injected", faults)):
+            print(
+                f"  {title}: "
+                + ", ".join(
+                    f"{name.removeprefix('here: ').removeprefix('fault: ')} {n}"
+                    for name, n in sorted(group.items())
+                )
+            )
+        print(f"  faults injected in all: {sum(faults.values())}")
+        print(f"  wrong outputs: {counts['here: wrong outputs']}")
+        print(f"  rank 0 held {results[0]['before']}, at the end {results[0]['after']}", flush=True)
+    assert counts["here: wrong outputs"] == 0
+    assert counts["rebalances"] > 0
+    assert counts["experts moved"] > 0
+    assert faults
