@@ -189,3 +189,18 @@ def test_counts_of_any_integer_type_are_taken_without_overflow() -> None:
     samples = as_samples(counts, Placement.initial(1, 4, 2, 2))
     assert samples.dtype == np.float64
     assert samples.sum() == 4 * 65535
+
+
+@pytest.mark.parametrize("slots", [3, 4, 6])
+def test_equal_loads_are_split_in_a_moment_whatever_rounding_does_to_their_levels(
+    slots: int,
+) -> None:
+    placement = Placement.initial(2, 9, 3, slots)
+    load = np.ones((1, 2, 9))
+    for _ in range(40):
+        plan = make_policy("random")(load, placement, Topology(3))  # solves the split as well
+        placement, split = plan.placement, plan.split
+        shares = np.zeros((2, 9))
+        for layer in range(2):
+            np.add.at(shares[layer], placement.experts[layer], split[layer])
+        np.testing.assert_allclose(shares, 1.0)
