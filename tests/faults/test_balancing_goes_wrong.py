@@ -1,4 +1,4 @@
-"""What a wrapped model does when planning or a transfer fails: it serves on, says why, and recovers.
+"""What a wrapped model does when planning or a transfer fails: serve on, say why, and recover.
 
 `test_planner_faults` has all the ways in which a planner goes wrong; here are a few of them, seen
 through `stats()`, the log and the outputs.

@@ -1,4 +1,4 @@
-"""Signals to a program under `torchrun`, and to one of its ranks: all of it ends, without a word."""
+"""Signals to a program under `torchrun`, and to one of its ranks: all of it ends, silently."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def forked(rank: int, world_size: int, dispatch: str) -> int:
         if not balancer._closed:
             uses += [balancer.step, lambda: balancer.load_state_dict(reference.state_dict())]
         for refused in uses:
-            with pytest.raises(torch_eplb.EPLBError, match="was forked from .* unwrap"):
+            with pytest.raises(torch_eplb.EPLBError, match=r"was forked from .* unwrap"):
                 refused()
         # What needs no other rank works, and nothing of the parent's is touched in the end.
         assert balancer.stats().disabled is None
