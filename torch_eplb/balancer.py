@@ -234,7 +234,7 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
             # Weights and routes are those of the last commit. Balancing ends here; the model can
             # still be saved, or go on if it can do without the lost rank.
             self._failure = str(error)
-            logger.error("rank %d: balancing ends: %s", self._planes.rank, error)
+            logger.error("rank %d: balancing ends: %s", self._planes.rank, self._failure)
             raise
         finally:
             self._step += 1
@@ -432,7 +432,7 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
                 if self._recorder is not None:
                     self._recorder.boundary()
         except EPLBError as error:
-            logger.error("rank %d: closed with a peer lost: %s", self._planes.rank, error)
+            logger.error("rank %d: closed with a peer lost: %s", self._planes.rank, str(error))
         finally:
             self._release()
 

@@ -325,7 +325,8 @@ class RebalanceCycle:
         try:
             self._reply = decode_plan(self._buffer.numpy(), self._migration.placement)
         except ValueError as error:
-            logger.error("rank %d cannot use the plan it got: %s", self._planes.rank, error)
+            reason = str(error)  # a log record with the error itself would keep the model alive
+            logger.error("rank %d cannot use the plan it got: %s", self._planes.rank, reason)
             self._fault = _PLAN_FAULT
         else:
             self.plan_seconds += self._reply.plan_seconds
