@@ -12,7 +12,7 @@ class Stats:
     """State and totals of one rank since wrapping. Same on all ranks unless said otherwise.
 
     Attributes:
-        step: forwards made; the retry of one that raised before its first exchange is the same step.
+        step: forwards made. One that raised before it had exchanged anything and the next are one.
         stage: what the rebalance cycle is doing, in words.
         rebalances: plans that were carried out, those included that only changed the split.
         placement_version: rounds committed; changes whenever an expert has moved.
