@@ -306,8 +306,8 @@ def move_to(balancer: ExpertLoadBalancer, wanted: Placement) -> None:
     plan = Plan(target, even_split(target), np.full(target.num_layers, np.nan))
     try:
         balancer._cycle.carry_out(plan, schedule.rounds, balancer._step)
-    except EPLBError:
-        balancer._failed = True
+    except EPLBError as error:
+        balancer._failure = str(error)
         raise
     if balancer._planes.rank == 0:
         moved = migration.experts_moved - before
