@@ -213,22 +213,24 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
             return
         if self._on_meta:
             self._refuse_meta("run a forward")
+        # Where the last forward ended between two layers, others may wait in the second of them.
+        together = not (self._forward_under_way and self._state.between_layers)
         self._state.entered = False
         # After a forward that not every rank made, those behind pass the others' boundaries, too.
         while self._step <= self._state.latest_step and not (self._closed or self._failed):
-            self._pass_boundary()
+            self._pass_boundary(together)
         if not (self._closed or self._failed):
-            self._pass_boundary()
+            self._pass_boundary(together)
         # Only after an error: nobody waits for a step of this rank any more.
         self._state.step = -1 if self._closed or self._failed else self._step - 1
 
-    def _pass_boundary(self) -> None:
+    def _pass_boundary(self, together: bool) -> None:
         self._planes.check_process()
         start = time.perf_counter()
         try:
             if self._recorder is not None and self._step > 0:
                 self._recorder.boundary()
-            self._cycle.boundary(self._step)
+            self._cycle.boundary(self._step, together)
             self._counters.set_recording(self._wants_recording())
         except EPLBError as error:
             # Weights and routes are those of the last commit. Balancing ends here; the model can

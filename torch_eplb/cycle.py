@@ -102,12 +102,19 @@ class RebalanceCycle:
         self._stall_limit = max(1000, 10 * (config.plan_interval + 1))
         self._cycle = 0
         self._draining = False
+        self._may_begin = True
         self._begin(0)
 
     # ---- the boundary -------------------------------------------------------------------------
 
-    def boundary(self, step: int) -> None:
+    def boundary(self, step: int, together: bool = True) -> None:
         """Do what is due before forward number ``step`` (counted from 0). Never waits for long.
+
+        Args:
+            step: the forward to come.
+            together: False where other ranks may still be in an earlier forward, which ended early
+                on this rank. Then a round that is run between two forwards (``overlap=False``) is
+                put off: it would wait for ranks that wait for this one.
 
         Raises:
             PeerLostError: a rank died or was silent for ``timeout`` seconds.
@@ -115,6 +122,7 @@ class RebalanceCycle:
         """
         if self.disabled is not None:
             return
+        self._may_begin = together or self._config.overlap
         if self.stage is Stage.COLLECT:
             since = step - self._stage_start
             self._window.step(since)
@@ -126,7 +134,8 @@ class RebalanceCycle:
         elif self.stage is Stage.WAIT:
             self._apply_when_due(step)
         elif self.stage is Stage.MIGRATE and not self._config.overlap:
-            self._run_round(step)
+            if together:
+                self._run_round(step)
         else:
             self._act(self._agreed(), step)
         self._advance()
@@ -335,7 +344,7 @@ class RebalanceCycle:
     # ---- migration ----------------------------------------------------------------------------
 
     def _apply_when_due(self, step: int) -> None:
-        if step < self._window_end + self._config.plan_interval:
+        if step < self._window_end + self._config.plan_interval or not self._may_begin:
             return
         assert self._reply is not None
         plan, schedule = self._reply.plan, self._reply.schedule

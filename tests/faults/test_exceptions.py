@@ -100,10 +100,10 @@ def test_an_exception_on_all_ranks_arrives_unchanged_and_the_next_forward_works(
     assert results[0] == results[1] >= 1
 
 
-def on_one_rank(rank: int, world_size: int, choice: str) -> tuple[int, int, int]:
+def on_one_rank(rank: int, world_size: int, choice: str, overlap: bool) -> tuple[int, int, int]:
     model = ToyModel(LAYERS)
     reference = copy.deepcopy(model)
-    balancer = torch_eplb.wrap(model, **QUICK, replica_choice=choice)
+    balancer = torch_eplb.wrap(model, **QUICK, replica_choice=choice, overlap=overlap)
     apart = 0
     with torch.no_grad():
         begin = until_rebalanced(balancer)
@@ -126,11 +126,11 @@ def on_one_rank(rank: int, world_size: int, choice: str) -> tuple[int, int, int]
     return stats.step - begin, stats.rebalances, apart
 
 
-@pytest.mark.parametrize("choice", ["batch", "local"])
+@pytest.mark.parametrize(("choice", "overlap"), [("batch", True), ("local", False)])
 def test_an_exception_on_one_rank_never_mixes_layers_and_ranks_find_together_again(
-    choice: str,
+    choice: str, overlap: bool
 ) -> None:
-    results = run_ranks(on_one_rank, 3, choice)
+    results = run_ranks(on_one_rank, 3, choice, overlap)
     assert results[0] == results[1] == results[2]
     # Per exception in the router there are two steps of rank 1 for one good one.
     steps, rebalances, apart = results[0]

@@ -66,7 +66,7 @@ def soak(rank: int, world_size: int, seed: int, seconds: float) -> dict[str, Any
     while bool(going_on):
         life = Life(rank, world_size, f"{seed} {number}", counts)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.inference_mode(number % 2 == 1):
                 life.live()
         except BaseException as error:
             error.add_note(f"in life {number} of seed {seed}, {life.describe()}")

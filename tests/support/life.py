@@ -232,7 +232,8 @@ class Life:
             # Twice in a row, in the repair as well, would end balancing: that is tested elsewhere.
             if self.corrupt and exchange._received_sums and not migration.repairing:
                 _, tensors = exchange._received_sums[0]
-                tensors[0][0] ^= 1
+                with torch.inference_mode():
+                    tensors[0][0] ^= 1
                 self.corrupt = False
                 self.corrupted += 1
                 self.counts["here: fault: transfer corrupted"] += 1

@@ -185,10 +185,9 @@ class AllToAll(Dispatch):
         the split sizes are needed anyway.
         """
         state, planes, tables = self.state, self.state.planes, self.state.tables
-        position = state.position(self.index)
         if state.replica_choice == "batch":
             hits_E = count_hits(ids_TK, self.layer.num_experts)
-            state.entered = True
+            position = state.enter(self.index)
             counts = all_gather_counts(pad(hits_E, (0, 1), value=position), planes).cpu()
             order_N, send_RS, receive_RS = plan_dispatch(
                 ids_TK,
@@ -204,7 +203,7 @@ class AllToAll(Dispatch):
         physical_N = self._choose(ids_TK).view(-1)
         send_RS = count_hits(physical_N, planes.num_ranks * state.num_slots)
         send_RS = send_RS.view(planes.num_ranks, state.num_slots)
-        state.entered = True
+        position = state.enter(self.index)
         received = exchange_counts(pad(send_RS, (0, 1), value=position), planes)
         return order_by_id(physical_N), send_RS, received[:, :-1], received[:, -1]
 
@@ -215,6 +214,7 @@ class AllToAll(Dispatch):
             raise RuntimeError(f"layer {self.layer.name} returned without having been entered")
         output = _without_padding(output, sum(trip.sizes[1]))
         rows = exchange_rows(output, trip.sizes[1], trip.sizes[0], self.state.planes)
+        self.state.leave(self.index)
         back_N = torch.empty_like(trip.order_N)
         back_N[trip.order_N] = torch.arange(len(back_N), device=back_N.device)
         results_TKH = rows.index_select(0, back_N).view(*trip.weights_TK.shape, rows.shape[-1])

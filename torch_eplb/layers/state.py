@@ -24,6 +24,7 @@ class RoutingState:
         step: the step under way; -1 where steps are no longer counted. Same on all ranks that
             count.
         entered: whether this rank has exchanged anything with the others in this step.
+        between_layers: whether it has, and other ranks may wait for it in a layer that is to come.
         latest_step: the latest step in which another rank was met that was not in ours.
     """
 
@@ -34,11 +35,18 @@ class RoutingState:
     num_slots: int
     step: int = -1
     entered: bool = False
+    between_layers: bool = False
     latest_step: int = -1
 
-    def position(self, layer: int) -> int:
-        """Where this rank is, in one integer that travels with its counts."""
+    def enter(self, layer: int) -> int:
+        """Exchange something from now on. Returns where this rank is, in one integer that travels
+        with its counts."""
+        self.entered = self.between_layers = True
         return (self.step + 1) * self.tables.num_layers + layer
+
+    def leave(self, layer: int) -> None:
+        """The layer's results are back."""
+        self.between_layers = layer < self.tables.num_layers - 1
 
     def compare(self, positions: list[int], layer: int) -> None:
         """Refuse to go on where ranks are not in the same layer of the same step.
