@@ -14,6 +14,7 @@ Under the ``fake`` backend both planes are fake groups: a gloo group cannot be m
 from __future__ import annotations
 
 import _thread
+import atexit
 import contextlib
 import itertools
 import json
@@ -44,6 +45,19 @@ __all__ = [
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 # torch 2.13 renamed it and warns about the old name, which is the only one before.
 all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
+def _let_threads_finish() -> None:
+    """Give the GIL to gloo's threads for a moment before the interpreter ends.
+
+    After an operation they drop its tensors, for which they need the GIL. One that still waits for
+    it when the interpreter is finalised is ended from within C++, which aborts the process: seen in
+    one of twelve programs that ended right after a forward.
+    """
+    time.sleep(0.02)
+
+
+atexit.register(_let_threads_finish)
 
 
 def backend_of(group: dist.ProcessGroup, device: torch.device) -> str:
