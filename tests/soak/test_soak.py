@@ -24,7 +24,7 @@ from support.life import Life
 from support.ranks import run_ranks
 
 RANKS = 4
-SECONDS = float(os.environ.get("TORCH_EPLB_SOAK_SECONDS", "15"))
+SECONDS = float(os.environ.get("TORCH_EPLB_SOAK_SECONDS", "8"))
 SEED = int(os.environ.get("TORCH_EPLB_SOAK_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
 
 
@@ -43,9 +43,9 @@ def resources() -> dict[str, int]:
     }
 
 
-def settled_resources(like: dict[str, int]) -> dict[str, int]:
-    """Once the threads of the last life have noticed its end, or in the end as it is."""
-    deadline = time.monotonic() + 20
+def settled_resources(like: dict[str, int], patience: float) -> dict[str, int]:
+    """Once the threads of the last life have noticed its end, or after ``patience`` seconds."""
+    deadline = time.monotonic() + patience
     while (now := resources()) and time.monotonic() < deadline:
         if all(now[name] <= like[name] for name in list(like)[:3]):
             break
@@ -75,10 +75,10 @@ def soak(rank: int, world_size: int, seed: int, seconds: float) -> dict[str, Any
         counts["lives"] += 1
         number += 1
         if number == 2:
-            before = settled_resources(dict.fromkeys(resources(), 0))
+            before = settled_resources(dict.fromkeys(resources(), 0), 2.0)
         going_on.fill_(time.monotonic() < end or number < 3)
         dist.broadcast(going_on, 0)
-    after = settled_resources(before)
+    after = settled_resources(before, 20.0)
     for name in ("threads", "file descriptors", "child processes"):
         assert after[name] <= before[name], (before, after)
     assert after["MiB of memory"] <= before["MiB of memory"] + 50, (before, after)

@@ -110,7 +110,7 @@ class Life:
 
     def live(self) -> None:
         """From the first step to the end of the wrapper."""
-        for step in range(self.chance.randint(60, 180)):
+        for step in range(self.chance.randint(30, 120)):
             self.step = step
             for event, probability in EVENTS:
                 if self.chance.random() < probability:

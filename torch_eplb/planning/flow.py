@@ -90,7 +90,7 @@ _FAR = 1.2
 _CUTS_COST = 3
 """What finding a layer's cuts costs, in search steps."""
 
-_WORK = 2 << 27
+_WORK = 2 << 26
 """Numbers that searching by cuts may look at per plan, about: under a second's worth. What is then
 left undone is left to the next rebalance, worst layers first."""
 
