@@ -167,7 +167,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--text: {error}")
     args.batch, args.length, args.collect = 8, 128, 20
     if args.short:
-        args.steps, args.batch, args.collect = 60, 4, 8
+        args.steps, args.batch, args.collect = 40, 4, 8
     return args
 
 
