@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import copy
-import gc
 import os
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import torch.distributed as dist
 from support.models import ToyModel, skewed_batch
 from support.ranks import run_ranks
+from support.resources import levels
 
 import torch_eplb
 
@@ -131,18 +130,6 @@ def two_models(rank: int, world_size: int) -> tuple[int, int]:
 def test_two_models_in_one_process_are_balanced_side_by_side() -> None:
     results = run_ranks(two_models, 2)
     assert results[0] == results[1]
-
-
-def levels() -> dict[str, int]:
-    gc.collect()
-    process = psutil.Process()
-    return {
-        "threads": process.num_threads(),
-        "file descriptors": process.num_fds(),
-        "child processes": len(process.children()),
-        "shared memory": sum("/dev/shm" in m.path for m in process.memory_maps()),
-        "MiB": process.memory_info().rss >> 20,
-    }
 
 
 def drop(rank: int, world_size: int, times: int) -> tuple[dict[str, int], dict[str, int]]:

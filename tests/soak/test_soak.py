@@ -22,31 +22,17 @@ import torch
 import torch.distributed as dist
 from support.life import Life
 from support.ranks import run_ranks
+from support.resources import levels
 
 RANKS = 4
 SECONDS = float(os.environ.get("TORCH_EPLB_SOAK_SECONDS", "8"))
 SEED = int(os.environ.get("TORCH_EPLB_SOAK_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
 
 
-def resources() -> dict[str, int]:
-    import gc
-
-    import psutil
-
-    gc.collect()
-    process = psutil.Process()
-    return {
-        "threads": process.num_threads(),
-        "file descriptors": process.num_fds(),
-        "child processes": len(process.children()),
-        "MiB of memory": process.memory_info().rss >> 20,
-    }
-
-
 def settled_resources(like: dict[str, int], patience: float) -> dict[str, int]:
     """Once the threads of the last life have noticed its end, or after ``patience`` seconds."""
     deadline = time.monotonic() + patience
-    while (now := resources()) and time.monotonic() < deadline:
+    while (now := levels()) and time.monotonic() < deadline:
         if all(now[name] <= like[name] for name in list(like)[:3]):
             break
         time.sleep(0.05)
@@ -75,13 +61,13 @@ def soak(rank: int, world_size: int, seed: int, seconds: float) -> dict[str, Any
         counts["lives"] += 1
         number += 1
         if number == 2:
-            before = settled_resources(dict.fromkeys(resources(), 0), 2.0)
+            before = settled_resources(dict.fromkeys(levels(), 0), 2.0)
         going_on.fill_(time.monotonic() < end or number < 3)
         dist.broadcast(going_on, 0)
     after = settled_resources(before, 20.0)
     for name in ("threads", "file descriptors", "child processes"):
         assert after[name] <= before[name], (before, after)
-    assert after["MiB of memory"] <= before["MiB of memory"] + 50, (before, after)
+    assert after["MiB"] <= before["MiB"] + 50, (before, after)
     return {"counts": counts, "before": before, "after": after}
 
 
