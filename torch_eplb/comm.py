@@ -21,7 +21,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -338,47 +338,62 @@ def _ranges(ranks: Sequence[int]) -> str:
 
 
 class WorkWatcher:
-    """Starts a batch of P2P operations and tells, without blocking, whether it has finished.
+    """Carries out a batch of P2P operations and tells, without blocking, whether it has finished.
 
-    With gloo a thread posts and waits in our place (the GIL is released meanwhile): gloo's
-    point-to-point works never report completion before somebody waits for them, and posting them
-    takes as long as the sockets' buffers and locks want, milliseconds for an expert. The other
-    backends are given their work at once, on the current stream, and are asked.
+    Accelerators' backends are given their work at once, on the current stream, and are asked.
+    With gloo somebody must post and wait: its point-to-point works never report completion before
+    that, and posting them takes as long as the sockets' buffers and locks want, milliseconds for
+    an expert. After `start` a thread does it (the GIL is released meanwhile); without it, `wait`.
 
     Args:
-        post: starts the operations and returns their works. Called once.
+        operations: what to send and to receive.
         planes: gives backend and time limit.
         what: names the operations in messages.
     """
 
-    def __init__(
-        self, post: Callable[[], Iterable[dist.Work | None]], planes: Planes, what: str
-    ) -> None:
+    def __init__(self, operations: list[dist.P2POp], planes: Planes, what: str) -> None:
         self._planes = planes
         self._what = what
         self._deadline = time.monotonic() + planes.timeout
         self._works: list[dist.Work] = []
+        self._operations = operations
         self._error: BaseException | None = None
-        self._ended: threading.Event | None = None
-        if planes.backend == "gloo":
-            self._ended = threading.Event()
+        self._ended = threading.Event()
+        self._started = False
+        if not operations:
+            self._started = True
+            self._ended.set()
+        elif planes.backend != "gloo":
+            self._started = True
+            self._post()
+
+    def start(self) -> None:
+        """With gloo: begin, in a thread. Without effect where that has been done."""
+        if not self._started:
+            self._started = True
             # Not threading.Thread, whose start() waits until the new thread has had a turn. Like a
             # daemon thread it does not outlive the interpreter.
-            _thread.start_new_thread(self._run, (post,))
-        else:
-            self._works = [work for work in post() if work is not None]
+            _thread.start_new_thread(self._run_beside, ())
 
-    def _run(self, post: Callable[[], Iterable[dist.Work | None]]) -> None:
-        assert self._ended is not None
+    def _run_beside(self) -> None:
+        with contextlib.suppress(BaseException):  # `finished` raises it, in the main thread
+            self._run()
+
+    def _post(self) -> None:
+        works = dist.batch_isend_irecv(self._operations)
+        self._works = [work for work in works if work is not None]
+
+    def _run(self) -> None:
         try:
-            # Tensors made in this mode may be written in it only, and the mode belongs to a thread.
+            # Tensors made in this mode may be written in it only, and the mode is a thread's own.
             with torch.inference_mode():
-                for work in post():
-                    if work is not None:
-                        left = max(self._deadline - time.monotonic(), 0.001)
-                        work.wait(timedelta(seconds=left))
+                self._post()
+                for work in self._works:
+                    left = max(self._deadline - time.monotonic(), 0.001)
+                    work.wait(timedelta(seconds=left))
         except BaseException as error:
             self._error = error
+            raise
         finally:
             self._ended.set()
 
@@ -388,12 +403,12 @@ class WorkWatcher:
         Raises:
             RuntimeError, TimeoutError: one failed, or the time limit is over.
         """
-        if self._ended is not None:
-            if not self._ended.is_set():
-                return False
+        if self._ended.is_set():
             if self._error is not None:
                 raise EPLBError(str(self._error)) from self._error
             return True
+        if self._planes.backend == "gloo":
+            return False  # the thread has a time limit of its own
         if self._planes.fake or all(work.is_completed() for work in self._works):
             return True
         if time.monotonic() > self._deadline:
@@ -402,7 +417,10 @@ class WorkWatcher:
 
     def wait(self) -> None:
         """Block until all operations are complete, or raise like `finished`."""
-        if self._ended is not None and not self._ended.wait(self._planes.timeout + 1.0):
+        if not self._started:
+            self._started = True
+            self._run()
+        elif self._planes.backend == "gloo" and not self._ended.wait(self._planes.timeout + 1.0):
             raise TimeoutError(f"{self._what} took longer than {self._planes.timeout:g} s")
         while not self.finished():
             time.sleep(0.0002)

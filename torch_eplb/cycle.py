@@ -141,6 +141,8 @@ class RebalanceCycle:
         self._advance()
         if self.stage in (Stage.SAMPLE, Stage.PLAN, Stage.RECEIVE) or self._migration.in_flight:
             self._post_agreement(step)
+        # Last, because the threads that carry it would take the core from what is still to do here.
+        self._migration.start_round()
         self._watch_for_stall(step)
 
     def drain(self, step: int) -> None:
@@ -182,7 +184,7 @@ class RebalanceCycle:
             self._end(step)
         while self.stage is Stage.MIGRATE and self.disabled is None:
             if not self._migration.in_flight:
-                self._migration.start_round()
+                self._migration.post_round()
             self._end_in_this_step(step)
 
     def _begin(self, step: int) -> None:
@@ -359,13 +361,13 @@ class RebalanceCycle:
         if self._migration.done:
             self._end(step)
         elif self._config.overlap:
-            self._migration.start_round()
+            self._migration.post_round()
         else:
             self._run_round(step)
 
     def _run_round(self, step: int) -> None:
         """Without overlap: one round from post to commit, within this boundary."""
-        self._migration.start_round()
+        self._migration.post_round()
         self._end_in_this_step(step)
 
     def _end_in_this_step(self, step: int) -> None:
@@ -384,13 +386,13 @@ class RebalanceCycle:
             if self.disabled is None and not migration.repairing:
                 self._begin(step)
             elif self.disabled is None and self._config.overlap:
-                migration.start_round()
+                migration.post_round()
             return
         migration.commit()
         if migration.done or (self._draining and not migration.repairing):
             self._end(step)
         elif self._config.overlap:
-            migration.start_round()
+            migration.post_round()
 
     def _abandon(self) -> None:
         """Some rank received what its peer did not send."""

@@ -188,25 +188,30 @@ def random_placement(generator: np.random.Generator) -> Placement:
 
 
 class BareTransfers:
-    """isend/irecv of given sizes and nothing else, on buffers of its own."""
+    """isend/irecv of given sizes and nothing else, on buffers of its own.
+
+    They are as large as a layer's slots and are used in turn, so that what is sent comes from
+    memory and not from a cache, as weights do.
+    """
 
     def __init__(self, device: torch.device, nbytes: int) -> None:
         self._source = torch.ones(nbytes, dtype=torch.uint8, device=device)
         self._target = torch.ones(nbytes, dtype=torch.uint8, device=device)
+        self._used = [0, 0]
         self._group = dist.new_group(backend=None)
 
     def seconds(self, operations: list[Operation]) -> float:
-        sent = received = 0
         posts = []
         for operation in operations:
-            if operation.kind == "send":
-                part = self._source[sent : sent + operation.nbytes]
-                posts.append(dist.P2POp(dist.isend, part, operation.peer, self._group))
-                sent += operation.nbytes
-            else:
-                part = self._target[received : received + operation.nbytes]
-                posts.append(dist.P2POp(dist.irecv, part, operation.peer, self._group))
-                received += operation.nbytes
+            receives = operation.kind == "receive"
+            buffer = self._target if receives else self._source
+            begin = self._used[receives]
+            if begin + operation.nbytes > len(buffer):
+                begin = 0
+            self._used[receives] = begin + operation.nbytes
+            part = buffer[begin : begin + operation.nbytes]
+            call = dist.irecv if receives else dist.isend
+            posts.append(dist.P2POp(call, part, operation.peer, self._group))
         dist.barrier()
         begin = time.perf_counter()
         for work in dist.batch_isend_irecv(posts) if posts else ():
@@ -225,7 +230,7 @@ class Service:
     migrating_steps: list[float] = field(default_factory=list)
     quiet_steps: list[float] = field(default_factory=list)
     rounds: list[tuple[float, float]] = field(default_factory=list)  # ours, bare
-    rebalances: list[tuple[float, float]] = field(default_factory=list)  # ours, bare
+    rebalances: list[list[tuple[float, float]]] = field(default_factory=list)
 
     def run_cycle(self, traffic: Traffic, bare: BareTransfers | None) -> None:
         """Serve until one more rebalance is done; ``bare`` repeats what each step has moved."""
@@ -235,8 +240,7 @@ class Service:
             lambda: self.balancer.stats().rebalances >= target, lambda: self.serve(traffic, bare)
         )
         if bare is not None:
-            ours, theirs = zip(*self.rounds, strict=True)
-            self.rebalances.append((sum(ours), sum(theirs)))
+            self.rebalances.append(self.rounds)
 
     def serve(self, traffic: Traffic, bare: BareTransfers | None) -> None:
         hidden, index = traffic.batch()
@@ -370,7 +374,8 @@ def report(memory: list[Memory], everyone: list[Any]) -> None:
 
     ratios = []
     for per_rank in zip(*(ways[0][3] for ways, _ in everyone), strict=True):
-        ours, bare = (max(rank[side] for rank in per_rank) for side in (0, 1))
+        # A round is over, of ours and of the bare ones, when it is over on every rank.
+        ours, bare = np.array(per_rank).max(axis=0).sum(axis=0)
         ratios.append(ours / bare)
         totals = ours, bare
     ratio = statistics.median(ratios)
@@ -384,8 +389,10 @@ def report(memory: list[Memory], everyone: list[Any]) -> None:
         line(f"hooks while migrating / blocking, {name}", text, overlap <= blocking / 5, "<= 1/5")
 
     slowed = []
+    # Steps without migration are alike whatever follows them.
+    quiet = np.concatenate([ways[way][2] for ways, _ in everyone for way in (0, 1)])
     for way in (0, 1):
-        moving, quiet = (np.concatenate([w[way][part] for w, _ in everyone]) for part in (1, 2))
+        moving = np.concatenate([ways[way][1] for ways, _ in everyone])
         p99 = np.percentile(moving, 99) / np.percentile(quiet, 99)
         slowed.append((float(p99), float(np.median(moving) / np.median(quiet))))
     for index, name in enumerate(("p99", "median")):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -83,8 +87,10 @@ class World:
         plan = Plan(schedule.target, split, np.ones(LAYERS))
         self.migration.begin(plan, schedule.rounds)
         for placement in schedule.placements():
-            self.migration.start_round()
+            self.migration.post_round()
             self.check()
+            if self.migration.round % 2:  # in a thread, as beside a forward; else in wait()
+                self.migration.start_round()
             self.migration.wait()
             dist.barrier()
             self.migration.commit()
@@ -164,7 +170,7 @@ def test_every_slot_is_exact_after_every_commit_of_many_rebalances(
     assert least <= sent <= 1.1 * least
 
 
-def modes_that_change(rank: int, world_size: int, direct: bool) -> None:
+def modes_that_change(rank: int, world_size: int, direct: bool, beside: bool) -> None:
     world = World(world_size, 6, 1)
     generator = np.random.default_rng(3)
     for inside in (True, False, True):
@@ -174,7 +180,9 @@ def modes_that_change(rank: int, world_size: int, direct: bool) -> None:
             world.migration.begin(plan, schedule.rounds)
         while not world.migration.done:
             with torch.inference_mode(inside):
-                world.migration.start_round()
+                world.migration.post_round()
+                if beside:
+                    world.migration.start_round()
             world.migration.wait()
             dist.barrier()
             with torch.inference_mode(not inside):
@@ -184,8 +192,11 @@ def modes_that_change(rank: int, world_size: int, direct: bool) -> None:
 
 
 @pytest.mark.parametrize("direct", [False, True])
-def test_a_round_may_begin_in_inference_mode_and_be_committed_outside(direct: bool) -> None:
-    run_ranks(modes_that_change, 2, direct)
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_round_may_begin_in_inference_mode_and_be_committed_outside(
+    direct: bool, beside: bool
+) -> None:
+    run_ranks(modes_that_change, 2, direct, beside)
 
 
 def damaged_transfer(rank: int, world_size: int, direct: bool) -> None:
@@ -195,7 +206,7 @@ def damaged_transfer(rank: int, world_size: int, direct: bool) -> None:
     schedule = world.schedule_to(wanted, direct)
     plan = Plan(schedule.target, np.ones(wanted.experts.shape), np.ones(LAYERS))
     world.migration.begin(plan, schedule.rounds)
-    world.migration.start_round()
+    world.migration.post_round()
     world.migration.wait()
     assert world.migration.verified()
     if rank == 1:  # a bit flips on the way to rank 1
@@ -208,7 +219,7 @@ def damaged_transfer(rank: int, world_size: int, direct: bool) -> None:
     assert world.migration.repairing == direct
     world.check()
     while not world.migration.done:
-        world.migration.start_round()
+        world.migration.post_round()
         world.migration.wait()
         dist.barrier()
         assert world.migration.verified()
@@ -223,18 +234,117 @@ def test_a_round_that_fails_its_checksum_leaves_the_placement_as_it_was(direct: 
     run_ranks(damaged_transfer, 2, direct)
 
 
+class Device:
+    """Stands for an accelerator: work on a stream is done at once, events are reached on demand."""
+
+    class Stream:
+        def __init__(self, device: Device) -> None:
+            self.device, self.waited_for = device, []
+
+        def wait_stream(self, other: Device.Stream) -> None:
+            self.waited_for.append(other)
+
+    def __init__(self) -> None:
+        self.side, self.main = self.Stream(self), self.Stream(self)
+        self.current = self.main
+        self.reached = False
+        self.recorded_on: list[Device.Stream] = []
+
+    def current_stream(self, device: torch.device) -> Device.Stream:
+        return self.current
+
+    @contextlib.contextmanager
+    def stream(self, stream: Device.Stream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    def event(self, device: torch.device) -> Device:
+        return self
+
+    def record(self, stream: Device.Stream) -> None:
+        assert self.current is stream
+        self.recorded_on.append(stream)
+
+    def query(self) -> bool:
+        return self.reached
+
+
+def checked_on_a_stream(rank: int, world_size: int, damage: bool) -> None:
+    device = Device()
+    torch.get_device_module = lambda _: device  # type: ignore[assignment, return-value]
+    torch.Event = device.event  # type: ignore[assignment, misc]
+    world = World(world_size, 6, 1, verify=True)
+    world.exchange._stream = device.side  # type: ignore[assignment]
+    wanted = random_placement(np.random.default_rng(1), world_size, 6)
+    schedule = world.schedule_to(wanted, False)
+    plan = Plan(schedule.target, np.ones(wanted.experts.shape), np.ones(LAYERS))
+    world.migration.begin(plan, schedule.rounds)
+    world.migration.post_round()
+    assert device.side.waited_for == [device.main]
+    if damage:
+        world.exchange._watcher.wait()
+        with torch.inference_mode():
+            world.exchange._received_sums[0][1][0][0] ^= 1
+    world.migration.start_round()
+    deadline = time.monotonic() + 20
+    while not device.recorded_on:
+        # Not finished before the check is, however long ago the transfers ended.
+        assert not world.migration.finished()
+        assert time.monotonic() < deadline
+    assert not world.migration.finished()
+    device.reached = True
+    assert world.migration.finished()
+    world.migration.wait()
+    assert device.recorded_on == [device.side]
+    assert world.migration.verified() == (not damage)
+    dist.barrier()
+    if damage:
+        world.migration.abandon()
+    else:
+        world.migration.commit()
+        assert device.main.waited_for == [device.side]
+    assert device.current is device.main
+    world.check()
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_on_a_device_the_check_runs_on_the_side_stream(damage: bool) -> None:
+    run_ranks(checked_on_a_stream, 2, damage)
+
+
 def test_a_checksum_sees_flipped_bits_swapped_bytes_and_swapped_tensors() -> None:
     generator = torch.Generator().manual_seed(0)
-    a = torch.randint(0, 256, (5000,), dtype=torch.uint8, generator=generator)
+    a = torch.randint(0, 256, (20_000,), dtype=torch.uint8, generator=generator)
     b = torch.randint(0, 256, (700,), dtype=torch.uint8, generator=generator)
     right = checksum([a, b])
-    for place in (0, 1023, 1024, 4999):
-        wrong = a.clone()
-        wrong[place] ^= 16
-        assert not torch.equal(right, checksum([wrong, b]))
-    for i, j in ((0, 1), (0, 1024), (5, 4998), (1023, 2047)):
+    for place in (0, 4095, 8191, 8192, 16_384, 19_999):
+        for bit in (1, 16, 128):
+            wrong = a.clone()
+            wrong[place] ^= bit
+            assert not torch.equal(right, checksum([wrong, b]))
+    pairs = ((0, 1), (0, 3), (3, 7), (0, 4), (0, 8192), (5, 19_998), (8191, 16_383))
+    for i, j in pairs:
+        assert a[i] != a[j]
         wrong = a.clone()
         wrong[i], wrong[j] = a[j], a[i]
-        if a[i] != a[j]:
-            assert not torch.equal(right, checksum([wrong, b]))
+        assert not torch.equal(right, checksum([wrong, b]))
     assert not torch.equal(right, checksum([b, a]))
+
+
+def test_a_checksum_of_large_tensors_tells_their_parts_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    large = torch.randint(0, 256, (9 << 20,), dtype=torch.uint8, generator=generator)
+    right = checksum([large])
+    for shift in (1, 8192, 4 << 20):  # a row, a piece
+        assert not torch.equal(right, checksum([large.roll(shift)]))
+
+
+@pytest.mark.parametrize("size", [1, 700, 8192, 20_001])
+def test_a_checksum_does_not_depend_on_where_a_tensor_lies(size: int) -> None:
+    memory = torch.zeros(size + 16, dtype=torch.uint8)
+    sums = set()
+    for begin in (0, 1, 4, 7, 8):
+        memory[begin : begin + size] = torch.arange(size) % 251
+        sums.add(tuple(checksum([memory[begin : begin + size]]).tolist()))
+    assert len(sums) == 1

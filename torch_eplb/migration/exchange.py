@@ -1,15 +1,17 @@
 """Runs one round: the only place that posts point-to-point operations.
 
-A round has three moments. `post` starts all sends (from the live weights) and receives (into the
-staging pool, or straight into drained slots). `finished` tells, without waiting, whether this
-rank's part is done. `commit` copies what was staged into its slots; the caller changes the routing
-tables in the same step, and calls it only when every rank has finished, because until then a peer
-may still be reading our live weights.
+A round has four moments. `post` makes all sends (from the live weights) and receives (into the
+staging pool, or straight into drained slots) and hands them to the backend; where the backend needs
+a thread for them (gloo), `start` lets it run. `finished` tells, without waiting, whether this
+rank's part is done; `wait` waits for it. `commit` copies what was staged into its slots; the caller
+changes the routing tables in the same step, and calls it only when every rank has finished, because
+until then a peer may still be reading our live weights.
 """
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -27,6 +29,9 @@ from torch_eplb.migration.rounds import (
 )
 
 __all__ = ["Exchange", "checksum"]
+
+# Checksums are made piece by piece, and a piece is looked at as a matrix of so many bytes per row.
+_PIECE, _ROW = 1 << 22, 1 << 13
 
 
 class Exchange:
@@ -57,6 +62,7 @@ class Exchange:
         self._staged: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._received_sums: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
         self._sent_sums: list[torch.Tensor] = []
+        self._check: tuple[torch.Tensor, torch.Event] | None = None
         self.bytes_sent = 0
         self.bytes_received = 0
         self.staging_peak = 0
@@ -97,7 +103,7 @@ class Exchange:
                     self._staged.extend(zip(slot, landing, strict=True))
                 if row[SOURCE_RANK] == rank:
                     for target, source in zip(landing, live, strict=True):
-                        target.copy_(source)
+                        _copy_bytes(target, source)
                     continue
                 operations += self._receive(landing, row[SOURCE_RANK])
             else:
@@ -136,40 +142,75 @@ class Exchange:
         return operations
 
     def post(self, round_index: int, transfers: Round) -> None:
-        """Start a round's sends and receives.
+        """Make a round's sends and receives, and start them unless that is for `start` to do.
 
         Raises:
             RuntimeError: the backend refused, for instance because a peer's connection is gone.
-                With gloo it is `finished` that raises.
+                With gloo it is `finished` or `wait` that raises.
         """
         with _on_stream(self._stream, self._planes.device), torch.inference_mode():
             operations = self.operations(transfers)
             if self.on_post is not None:
                 self.on_post(round_index, operations)
-            self._watcher = WorkWatcher(
-                lambda: dist.batch_isend_irecv(operations) if operations else (),
-                self._planes,
-                f"round {round_index}",
-            )
+            self._watcher = WorkWatcher(operations, self._planes, f"round {round_index}")
+
+    def start(self) -> None:
+        """Let a posted round run beside the forward; it may have been running since `post`."""
+        if self._watcher is not None:
+            self._watcher.start()
 
     def finished(self) -> bool:
-        """Whether this rank's sends and receives are complete.
+        """Whether this rank's sends and receives are complete, and `verified` can tell.
 
         Raises:
             RuntimeError, TimeoutError: one failed, or the time limit is over.
         """
-        return self._watcher is None or self._watcher.finished()
+        if self._watcher is None:
+            return True
+        if not self._watcher.finished():
+            return False
+        if self._stream is None or not self._received_sums:
+            return True
+        if self._check is None:
+            self._check = self._start_check(self._stream)
+        return self._check[1].query()
 
     def wait(self) -> None:
-        """Block until `finished`, at most the time limit."""
-        if self._watcher is not None:
-            self._watcher.wait()
+        """Block until `finished`, or raise like it."""
+        if self._watcher is None:
+            return
+        self._watcher.wait()
+        deadline = time.monotonic() + self._planes.timeout
+        while not self.finished():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"checking took longer than {self._planes.timeout:g} s")
+            time.sleep(0.0002)
 
     def verified(self) -> bool:
         """Whether everything received matches its sender's checksum (True without ``verify``)."""
-        return all(
-            torch.equal(expected, checksum(tensors)) for expected, tensors in self._received_sums
-        )
+        return bool(self._intact() if self._check is None else self._check[0])
+
+    def _intact(self) -> torch.Tensor:
+        """bool scalar on the device."""
+        checks = [expected == checksum(tensors) for expected, tensors in self._received_sums]
+        return torch.stack(checks).all() if checks else torch.tensor(True)
+
+    def _start_check(self, stream: torch.Stream) -> tuple[torch.Tensor, torch.Event]:
+        """Check on the side stream, so that the host waits neither for that nor for a forward.
+
+        Returns:
+            The result, on the host, and the event after which it is there.
+        """
+        assert self._watcher is not None
+        device = self._planes.device
+        with torch.get_device_module(device).stream(stream), torch.inference_mode():
+            # The backend received on a stream of its own.
+            self._watcher.synchronize()
+            result = torch.empty((), dtype=torch.bool, pin_memory=device.type != "cpu")
+            result.copy_(self._intact(), non_blocking=True)
+            event = torch.Event(device)
+            event.record(stream)
+        return result, event
 
     def commit(self) -> None:
         """Write what was staged into its slots. Call only when every rank has finished."""
@@ -183,35 +224,48 @@ class Exchange:
         # close(), say), or the other way round. Inside, tensors of either kind may be written.
         with torch.inference_mode():
             for slot, landing in self._staged:
-                slot.copy_(landing)
+                _copy_bytes(slot, landing)
         self.drop()
 
     def drop(self) -> None:
         """Forget the round; staged data is not used. Drained slots hold what had arrived."""
-        self._watcher = None
+        self._watcher, self._check = None, None
         self._staged, self._received_sums, self._sent_sums = [], [], []
 
 
 def checksum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """int64 ``[2]``: a sum and a position-weighted sum over the bytes of flat uint8 tensors.
 
+    Where the tensors lie in memory does not matter. Takes no copy of an expert.
+
     >>> a = torch.arange(8, dtype=torch.uint8)
     >>> bool((checksum([a]) == checksum([a.flip(0)])).all())
     False
     """
-    total = torch.zeros(2, dtype=torch.int64, device=tensors[0].device)
-    for number, tensor in enumerate(tensors, start=1):
-        whole = tensor.numel() // 1024 * 1024
-        for part in (tensor[:whole].view(-1, 1024), tensor[whole:].view(-1, 1)):
-            # Bytes are summed by column first: no copy of the expert in a wider type.
-            columns = part.sum(0, dtype=torch.int64)
-            place = torch.arange(1, columns.numel() + 1, device=columns.device)
-            total[0] += columns.sum() * number
-            total[1] += (columns * place).sum() * number
-        rows = tensor[:whole].view(-1, 1024).sum(1, dtype=torch.int64)
-        rows = torch.cat((rows, tensor[whole:].to(torch.int64)))
-        total[1] += (rows * torch.arange(1, rows.numel() + 1, device=rows.device)).sum() * 1031
-    return total
+    plain, placed = [], []
+    pieces = (piece for tensor in tensors for piece in tensor.split(_PIECE))
+    for number, piece in enumerate(pieces):
+        if piece.storage_offset() % 8:
+            piece = piece.clone()  # wide words must be aligned
+        whole = piece.numel() // _ROW * _ROW
+        body, tail = piece[:whole], piece[whole:]
+        # Wide words are summed quickly. Sums of 32 bits fit into 64; those of 64 bits wrap around,
+        # which may hide a pair of wrong top bits in a row, but no more.
+        rows = body.view(torch.int32).view(-1, _ROW // 4).sum(1, dtype=torch.int64)
+        columns = body.view(torch.int64).view(-1, _ROW // 8).sum(0)
+        for kind, sums in enumerate((rows, columns, tail.to(torch.int64))):
+            weight = 3 * number + kind + 1
+            place = torch.arange(1, sums.numel() + 1, device=sums.device)
+            plain.append(sums.sum() * weight)
+            placed.append((sums * place).sum() * weight)
+    return torch.stack((torch.stack(plain).sum(), torch.stack(placed).sum()))
+
+
+def _copy_bytes(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy a flat uint8 tensor, eight bytes at a time where it can be seen so: twice as fast."""
+    if not any((target.numel() % 8, target.storage_offset() % 8, source.storage_offset() % 8)):
+        target, source = target.view(torch.int64), source.view(torch.int64)
+    target.copy_(source)
 
 
 def _side_stream(device: torch.device) -> torch.Stream | None:

@@ -78,9 +78,10 @@ class Migration:
         """Take a plan on. Routes before weights: its split holds from now on where it can."""
         self._plan = plan
         self.rounds, self.round, self.repairing = tuple(rounds), 0, False
-        self._update_tables(None)
+        if self._tables.choice_LEP is not None:  # else the tables hold no shares
+            self._update_tables(None)
 
-    def start_round(self) -> None:
+    def post_round(self) -> None:
         """Drain the round's direct targets and post its transfers.
 
         Raises:
@@ -95,6 +96,10 @@ class Migration:
             self._exchange.post(self.round, transfers)
         except (RuntimeError, TimeoutError) as error:
             raise self._lost(error) from error
+
+    def start_round(self) -> None:
+        """Let the posted round run beside the forward, if there is one and it does not yet."""
+        self._exchange.start()
 
     def finished(self) -> bool:
         """Whether this rank's part of the round is complete; see `verified`.
