@@ -147,18 +147,11 @@ class RoutingTables:
         chosen = list(range(self.num_layers)) if layers is None else list(layers)
         if not chosen:
             return
-        slots = np.stack(
-            [
-                self._live_slots(
-                    layer, placement.experts[layer], None if live is None else live[layer]
-                )
-                for layer in chosen
-            ]
-        )
+        slots = self._live_slots(placement, live, chosen)
         index = torch.tensor(chosen, device=self.slots_LEM.device)
         if self.choice_LEP is not None:
-            shares = self._shares(slots, None if split is None else split[chosen])
-            self._write(self.choice_LEP, index, self._choices(slots, shares))
+            given = None if split is None or self.replica_choice == "even" else split[chosen]
+            self._write(self.choice_LEP, index, self._choices(slots, given))
         self._write(self.slots_LEM, index, slots)
         if self.host_slots_LEM is not self.slots_LEM:
             self._write(self.host_slots_LEM, index.cpu(), slots)
@@ -169,47 +162,79 @@ class RoutingTables:
         table.index_copy_(0, index, torch.from_numpy(rows).to(table.device))
 
     def _live_slots(
-        self, layer: int, experts_RS: NDArray[np.int32], live_RS: NDArray[np.bool_] | None
+        self, placement: Placement, live: NDArray[np.bool_] | None, layers: list[int]
     ) -> NDArray[np.int64]:
-        """``[E, M]`` physical ids: the first live slot of every expert on every rank."""
-        flat = experts_RS.reshape(-1).astype(np.int64)
-        physical = np.arange(flat.size)
-        if live_RS is not None:
-            physical = physical[live_RS.reshape(-1)]
-        # One replica per (expert, rank): the pair's code is unique, and its first slot is kept.
-        code = flat[physical] * self.num_ranks + physical // self.num_slots
-        pairs, first = np.unique(code, return_index=True)
-        experts = pairs // self.num_ranks
-        counts = np.bincount(experts, minlength=self.num_experts)
+        """``[layers, E, M]`` physical ids: the first live slot of every expert on every rank."""
+        experts = placement.experts[layers].reshape(len(layers), -1)
+        position, physical = np.indices(experts.shape).reshape(2, -1)
+        expert = experts.reshape(-1).astype(np.int64)
+        if live is not None:
+            kept = live[layers].reshape(-1)
+            position, physical, expert = position[kept], physical[kept], expert[kept]
+        # One replica per (layer, expert, rank): their code is unique, and its first slot is kept.
+        entry = position * self.num_experts + expert
+        codes, first = np.unique(
+            entry * self.num_ranks + physical // self.num_slots, return_index=True
+        )
+        entries = codes // self.num_ranks
+        counts = np.bincount(entries, minlength=len(layers) * self.num_experts)
         if counts.min() == 0:
-            raise ValueError(f"layer {layer}: expert {counts.argmin()} has no live slot")
+            at, lost = divmod(int(counts.argmin()), self.num_experts)
+            raise ValueError(f"layer {layers[at]}: expert {lost} has no live slot")
         if counts.max() > self.max_replicas:
+            at, many = divmod(int(counts.argmax()), self.num_experts)
             raise ValueError(
-                f"layer {layer}: expert {counts.argmax()} has {counts.max()} replicas, the tables "
+                f"layer {layers[at]}: expert {many} has {counts.max()} replicas, the tables "
                 f"were made for max_replicas={self.max_replicas}"
             )
-        slots = np.full((self.num_experts, self.max_replicas), -1, dtype=np.int64)
+        slots = np.full((len(counts), self.max_replicas), -1, dtype=np.int64)
         starts = np.cumsum(counts) - counts
-        slots[experts, np.arange(len(experts)) - starts[experts]] = physical[first]
-        return slots
+        slots[entries, np.arange(len(entries)) - starts[entries]] = physical[first]
+        return slots.reshape(len(layers), self.num_experts, self.max_replicas)
+
+    def _choices(
+        self, slots: NDArray[np.int64], split: NDArray[np.float64] | None
+    ) -> NDArray[np.int64]:
+        """``[layers, E, P]`` physical ids, for shares ``[layers, R, S]`` or even ones."""
+        layers, experts, _ = slots.shape
+        choices = np.broadcast_to(slots[:, :, :1], (layers, experts, CHOICE_LENGTH)).copy()
+        # Few experts have replicas, and few replicas: the rest needs no arithmetic.
+        layer, expert = np.nonzero((slots[:, :, 1:2] >= 0).any(axis=2))
+        if len(layer) == 0:
+            return choices
+        replicas = slots[layer, expert]
+        replicas = replicas[:, : (replicas >= 0).sum(axis=1).max()]
+        given = None
+        if split is not None:
+            given = split.reshape(layers, -1)[layer[:, None], replicas]
+        turns = spread(self._shares(replicas, given), CHOICE_LENGTH)
+        phase = expert * _EXPERT_PHASE + (self.rank * _RANK_PHASE if self.prefer_local else 0.0)
+        start = (phase % 1.0 * CHOICE_LENGTH).astype(np.int64)
+        turn = (start[:, None] + np.arange(CHOICE_LENGTH)) % CHOICE_LENGTH
+        replica = np.take_along_axis(turns, turn, axis=1)
+        choices[layer, expert] = np.take_along_axis(replicas, replica, axis=1)
+        return choices
 
     def _shares(
-        self, slots: NDArray[np.int64], split: NDArray[np.float64] | None
+        self, replicas: NDArray[np.int64], given: NDArray[np.float64] | None
     ) -> NDArray[np.float64]:
-        """``[layers, E, M]``: the share of each replica; sums to 1, and 0 where there is none."""
-        mask = slots >= 0
-        shares = even = mask / mask.sum(axis=2, keepdims=True)
+        """``[rows, M]``: the share of each of an expert's replicas, summing to 1.
+
+        ``replicas`` are physical ids, -1 where there is none and the share is 0; ``given`` are the
+        shares that are wanted of them.
+        """
+        mask = replicas >= 0
+        shares = even = mask / mask.sum(axis=1, keepdims=True)
         if self.replica_choice == "even":
             return even
-        if split is not None:
-            rows = np.arange(len(slots))[:, None, None]
-            given = np.where(mask, split.reshape(len(slots), -1)[rows, slots], 0.0)
-            total = given.sum(axis=2, keepdims=True)
+        if given is not None:
+            given = np.where(mask, given, 0.0)
+            total = given.sum(axis=1, keepdims=True)
             shares = np.where(total > 0, given / np.where(total > 0, total, 1.0), even)
-        return self._prefer_local(slots, shares) if self.prefer_local else shares
+        return self._prefer_local(replicas, shares) if self.prefer_local else shares
 
     def _prefer_local(
-        self, slots: NDArray[np.int64], shares: NDArray[np.float64]
+        self, replicas: NDArray[np.int64], shares: NDArray[np.float64]
     ) -> NDArray[np.float64]:
         """This rank's row of shares: nearest replicas first, so that the sum over ranks stays.
 
@@ -218,44 +243,29 @@ class RoutingTables:
         each node in proportion, and at last over all nodes in proportion.
         """
         ranks, per_node = self.num_ranks, self.topology.ranks_per_node
-        rank_of = np.where(slots >= 0, slots // self.num_slots, -1)
+        rank_of = np.where(replicas >= 0, replicas // self.num_slots, -1)
         mine = rank_of == self.rank
-        node = np.where(slots >= 0, rank_of // per_node, -1)
+        node = np.where(replicas >= 0, rank_of // per_node, -1)
         near = node == self.rank // per_node
         own = np.minimum(shares, 1.0 / ranks)
         left = shares - own
         row = np.where(mine, own, 0.0)
-        unsent = 1.0 / ranks - row.sum(axis=2, keepdims=True)
-        node_unsent = per_node / ranks - np.where(near, own, 0.0).sum(axis=2, keepdims=True)
-        node_left = np.where(near, left, 0.0).sum(axis=2, keepdims=True)
+        unsent = 1.0 / ranks - row.sum(axis=1, keepdims=True)
+        node_unsent = per_node / ranks - np.where(near, own, 0.0).sum(axis=1, keepdims=True)
+        node_left = np.where(near, left, 0.0).sum(axis=1, keepdims=True)
         met = np.minimum(node_unsent, node_left)
         row += np.where(near, left, 0.0) * met * unsent * _inverse(node_left * node_unsent)
-        unsent = 1.0 / ranks - row.sum(axis=2, keepdims=True)
+        unsent = 1.0 / ranks - row.sum(axis=1, keepdims=True)
         # What each node's replicas keep for other nodes: their node's unmatched part.
         for n in range(self.topology.num_nodes):
             there = node == n
             open_slots = np.where(there, left, 0.0)
-            total = open_slots.sum(axis=2, keepdims=True)
-            sent = per_node / ranks - np.where(there, own, 0.0).sum(axis=2, keepdims=True)
+            total = open_slots.sum(axis=1, keepdims=True)
+            sent = per_node / ranks - np.where(there, own, 0.0).sum(axis=1, keepdims=True)
             left -= open_slots * np.minimum(total, sent) * _inverse(total)
         left = left.clip(0.0)
-        row += left * unsent * _inverse(left.sum(axis=2, keepdims=True))
+        row += left * unsent * _inverse(left.sum(axis=1, keepdims=True))
         return row * ranks
-
-    def _choices(self, slots: NDArray[np.int64], shares: NDArray[np.float64]) -> NDArray[np.int64]:
-        """``[layers, E, P]`` physical ids."""
-        layers, experts, _ = slots.shape
-        choices = np.broadcast_to(slots[:, :, :1], (layers, experts, CHOICE_LENGTH)).copy()
-        layer, expert = np.nonzero((slots >= 0).sum(axis=2) > 1)
-        if len(layer) == 0:
-            return choices
-        turns = spread(shares[layer, expert], CHOICE_LENGTH)
-        phase = expert * _EXPERT_PHASE + (self.rank * _RANK_PHASE if self.prefer_local else 0.0)
-        start = (phase % 1.0 * CHOICE_LENGTH).astype(np.int64)
-        turn = (start[:, None] + np.arange(CHOICE_LENGTH)) % CHOICE_LENGTH
-        replica = np.take_along_axis(turns, turn, axis=1)
-        choices[layer, expert] = np.take_along_axis(slots[layer, expert], replica, axis=1)
-        return choices
 
 
 def _inverse(x: NDArray[np.float64]) -> NDArray[np.float64]:
