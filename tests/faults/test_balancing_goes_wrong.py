@@ -22,6 +22,7 @@ from support.models import ToyModel, skewed_batch
 from support.ranks import run_ranks
 
 import torch_eplb
+from torch_eplb import cycle
 from torch_eplb.comm import WorkWatcher
 from torch_eplb.planning import process
 from torch_eplb.testing import fake_process_group
@@ -124,6 +125,42 @@ def test_a_planner_fault_costs_one_plan_and_one_warning_and_balancing_resumes(
     assert cause in planning["said"][0]
     assert "serving goes on" in planning["said"][0]
     assert other["said"] == []
+
+
+def damaged_on_the_way(rank: int, world_size: int) -> tuple[list[str], int, int]:
+    """The second plan that rank 1 gets is wrong in its last round."""
+    cycle._CHECKED_AT_ONCE = 1
+    said = Said()
+    calls = itertools.count()
+    decode = cycle.decode_plan
+
+    def decode_damaged(words: Any, current: Any) -> Any:
+        if rank == 1 and next(calls) == 1:
+            words = words.copy()
+            words[-6] ^= 1  # the last transfer's expert
+        return decode(words, current)
+
+    cycle.decode_plan = decode_damaged
+    model = ToyModel()
+    reference = copy.deepcopy(model)
+    stages = []
+    with torch.no_grad(), torch_eplb.wrap(model, **QUICK) as balancer:
+        while balancer.stats().rebalances < 2:
+            x = skewed_batch(12, 16, 100 * len(stages) + rank)
+            torch.testing.assert_close(balancer(x), reference(x), atol=1e-5, rtol=1e-4)
+            stages.append(balancer.stats().stage)
+        stats = balancer.stats()
+    # Every rank has the plan, but looks at one round per step.
+    assert stages.count("waiting for every rank to have the plan") > 6
+    return said.lines, stats.plans_failed, stats.rebalances
+
+
+def test_a_plan_that_one_rank_finds_wrong_in_its_last_round_is_not_begun() -> None:
+    (said, *counts), (said_by_1, *counts_of_1) = run_ranks(damaged_on_the_way, 2)
+    assert counts == counts_of_1 == [1, 2]
+    assert said == []
+    assert len(said_by_1) == 1
+    assert "rank 1 cannot use the plan it got: round " in said_by_1[0]
 
 
 def test_a_plan_that_is_never_ready_is_reported_and_applied_when_it_comes() -> None:

@@ -106,8 +106,44 @@ class Schedule:
         """
         return [
             Placement(experts, self.start.num_experts, allow_duplicates=True)
-            for experts in _replay(self)
+            for experts in self.replay()
         ]
+
+    def replay(self) -> Iterator[NDArray[np.int32]]:
+        """Run the rounds on the placement; yields the experts ``[layers, ranks, slots]`` after each.
+
+        The array is one and the same object, changed in place.
+
+        Raises:
+            ValueError: a round breaks an invariant (see `check_schedule`), or the last one does not
+                end at ``target``.
+        """
+        start, target = self.start, self.target
+        start.newly_held(target)  # raises where the shapes differ
+        experts = start.experts.copy()
+        counts = start.replica_counts()
+        shape = np.array(
+            [start.num_layers, start.num_experts, *([start.num_ranks, start.num_slots] * 2)]
+        )
+        for number, rnd in enumerate(self.rounds):
+            if not len(rnd):
+                raise ValueError(f"round {number}: has no transfers")
+            outside = (rnd.transfers < 0) | (rnd.transfers >= shape)
+            if outside.any():
+                row = int(np.argwhere(outside)[0, 0])
+                raise ValueError(
+                    f"round {number}: transfer {rnd.transfers[row].tolist()} is outside "
+                    f"(layer, expert, rank, slot, rank, slot) = {shape.tolist()}"
+                )
+            _apply(number, rnd, experts, counts)
+            yield experts
+        if not np.array_equal(experts, target.experts):
+            layer, rank, slot = np.argwhere(experts != target.experts)[0]
+            raise ValueError(
+                f"after the last round layer {layer}, rank {rank}, slot {slot} holds expert "
+                f"{experts[layer, rank, slot]}, the target placement says "
+                f"{target.experts[layer, rank, slot]}"
+            )
 
     def to_array(self) -> NDArray[np.int64]:
         """The rounds as a 1-D int64 array for the wire; `from_array` reads it back.
@@ -119,13 +155,16 @@ class Schedule:
         return np.concatenate([head, *(rows.reshape(-1) for rows in body)])
 
     @classmethod
-    def from_array(cls, array: NDArray[Any], start: Placement, target: Placement) -> Schedule:
+    def from_array(
+        cls, array: NDArray[Any], start: Placement, target: Placement, *, check: bool = True
+    ) -> Schedule:
         """Read what `to_array` wrote, and check it against the placements it claims to connect.
 
         Args:
             array: 1-D integer array.
             start: the placement before the first round.
             target: the placement after the last one.
+            check: False leaves the check of what the rounds do to `replay`.
 
         Raises:
             ValueError: the array is no schedule, or its rounds do not lead from ``start`` to
@@ -142,8 +181,9 @@ class Schedule:
             for count, end in zip(counts.tolist(), ends.tolist(), strict=True)
         )
         schedule = cls(start, target, rounds)
-        for _ in _replay(schedule):
-            pass
+        if check:
+            for _ in schedule.replay():
+                pass
         return schedule
 
 
@@ -175,7 +215,7 @@ def check_schedule(
     sizes = bytes_per_layer(expert_bytes, schedule.start.num_layers)
     num_ranks = schedule.start.num_ranks
     # Replayed first: it also makes sure that every index below is in range.
-    for _ in _replay(schedule):
+    for _ in schedule.replay():
         pass
     for number, rnd in enumerate(schedule.rounds):
         layer, source, target = (rnd.transfers[:, c] for c in (LAYER, SOURCE_RANK, TARGET_RANK))
@@ -245,39 +285,6 @@ def _unpack(array: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     if (rows[:, _COLUMNS] > 1).any():
         raise ValueError("a transfer's last number (direct) must be 0 or 1")
     return counts.astype(np.int64), rows.astype(np.int64)
-
-
-def _replay(schedule: Schedule) -> Iterator[NDArray[np.int32]]:
-    """Run the rounds on the placement; yields the experts ``[layers, ranks, slots]`` after each.
-
-    The array is one and the same object, changed in place.
-    """
-    start, target = schedule.start, schedule.target
-    start.newly_held(target)  # raises where the shapes differ
-    experts = start.experts.copy()
-    counts = start.replica_counts()
-    shape = np.array(
-        [start.num_layers, start.num_experts, *([start.num_ranks, start.num_slots] * 2)]
-    )
-    for number, rnd in enumerate(schedule.rounds):
-        if not len(rnd):
-            raise ValueError(f"round {number}: has no transfers")
-        outside = (rnd.transfers < 0) | (rnd.transfers >= shape)
-        if outside.any():
-            row = int(np.argwhere(outside)[0, 0])
-            raise ValueError(
-                f"round {number}: transfer {rnd.transfers[row].tolist()} is outside "
-                f"(layer, expert, rank, slot, rank, slot) = {shape.tolist()}"
-            )
-        _apply(number, rnd, experts, counts)
-        yield experts
-    if not np.array_equal(experts, target.experts):
-        layer, rank, slot = np.argwhere(experts != target.experts)[0]
-        raise ValueError(
-            f"after the last round layer {layer}, rank {rank}, slot {slot} holds expert "
-            f"{experts[layer, rank, slot]}, the target placement says "
-            f"{target.experts[layer, rank, slot]}"
-        )
 
 
 def _apply(number: int, rnd: Round, experts: NDArray[np.int32], counts: NDArray[np.int32]) -> None:

@@ -5,6 +5,8 @@ Floats travel as their bits, so that ranks cannot disagree because of rounding.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -35,8 +37,12 @@ def encode_plan(reply: PlanReply) -> NDArray[np.int64]:
     )
 
 
-def decode_plan(words: NDArray[np.int64], current: Placement) -> PlanReply:
+def decode_plan(words: NDArray[np.int64], current: Placement) -> tuple[PlanReply, Iterator[object]]:
     """What `encode_plan` wrote, checked against the present placement.
+
+    Returns:
+        The reply, and what is left to check of it, which takes a tenth of a second for a large
+        schedule: the iterator checks one round with each item and raises ValueError.
 
     Raises:
         ValueError: the array is no plan for this placement.
@@ -49,9 +55,11 @@ def decode_plan(words: NDArray[np.int64], current: Placement) -> PlanReply:
     head, experts, split, par, rounds = (np.ascontiguousarray(part) for part in parts)
     target = Placement(experts.reshape(shape), current.num_experts)
     plan = Plan(target, split.view(np.float64).reshape(shape), par.view(np.float64))
-    return PlanReply(
+    schedule = Schedule.from_array(rounds, current, target, check=False)
+    reply = PlanReply(
         request_id=int(head[1]),
         plan=plan,
-        schedule=Schedule.from_array(rounds, current, target),
+        schedule=schedule,
         plan_seconds=float(head[2:].view(np.float64)[0]),
     )
+    return reply, schedule.replay()
