@@ -65,12 +65,14 @@ class Operation:
         kind: "send" or "receive".
         peer: the other rank, in the whole world.
         nbytes: size of the message.
+        staged: it is received into the staging pool, and copied when its round is committed.
     """
 
     round_index: int
     kind: str
     peer: int
     nbytes: int
+    staged: bool = False
 
 
 def record_operations(balancer: ExpertLoadBalancer) -> list[Operation]:
@@ -84,7 +86,8 @@ def record_operations(balancer: ExpertLoadBalancer) -> list[Operation]:
         for operation in operations:
             kind = "send" if operation.op is dist.isend else "receive"
             nbytes = operation.tensor.numel() * operation.tensor.element_size()
-            recorded.append(Operation(round_index, kind, operation.peer, nbytes))
+            staged = balancer._exchange.is_staged(operation.tensor)
+            recorded.append(Operation(round_index, kind, operation.peer, nbytes, staged))
 
     balancer._exchange.on_post = on_post
     return recorded

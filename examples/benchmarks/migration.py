@@ -1,7 +1,11 @@
 """What moving experts costs: memory, bytes, time, and how little of it the model feels.
 
-    python examples/benchmarks/migration.py            # starts its own 2 ranks, about two minutes
+    python examples/benchmarks/migration.py            # starts its own 2 ranks, two minutes
     python examples/benchmarks/migration.py --short    # some seconds, for a quick check
+
+An expert has the 36 MiB of one of Qwen3-235B in bfloat16; `--hidden` and `--width` make it another
+size. With smaller ones, what does not depend on the size (the agreement between ranks, the routing
+tables) weighs more.
 
 Two ranks of one thread each, on CPU with gloo, or on the accelerators of a machine that has two.
 Everything that is compared is measured in one run, in turns:
@@ -188,7 +192,7 @@ def random_placement(generator: np.random.Generator) -> Placement:
 
 
 class BareTransfers:
-    """isend/irecv of given sizes and nothing else, on buffers of its own.
+    """isend/irecv of given sizes, and copies of what is staged, on buffers of its own.
 
     They are as large as a layer's slots and are used in turn, so that what is sent comes from
     memory and not from a cache, as weights do.
@@ -200,8 +204,14 @@ class BareTransfers:
         self._used = [0, 0]
         self._group = dist.new_group(backend=None)
 
-    def seconds(self, operations: list[Operation]) -> float:
-        posts = []
+    def fill_caches(self) -> None:
+        """Read as much memory as a forward does, so that nothing later finds what it needs."""
+        for buffer in (self._source, self._target):
+            buffer.view(torch.int64).sum()
+
+    def seconds(self, operations: list[Operation]) -> tuple[float, float]:
+        """Time of the transfers, and with the copies that staging needs."""
+        posts, staged = [], []
         for operation in operations:
             receives = operation.kind == "receive"
             buffer = self._target if receives else self._source
@@ -210,14 +220,21 @@ class BareTransfers:
                 begin = 0
             self._used[receives] = begin + operation.nbytes
             part = buffer[begin : begin + operation.nbytes]
+            if operation.staged:
+                staged.append((self._source[begin : begin + operation.nbytes], part))
             call = dist.irecv if receives else dist.isend
             posts.append(dist.P2POp(call, part, operation.peer, self._group))
+        self.fill_caches()
         dist.barrier()
         begin = time.perf_counter()
         for work in dist.batch_isend_irecv(posts) if posts else ():
             work.wait()
         synchronize(self._source.device)
-        return time.perf_counter() - begin
+        transferred = time.perf_counter() - begin
+        for slot, part in staged:
+            slot.view(torch.int64).copy_(part.view(torch.int64))
+        synchronize(self._source.device)
+        return transferred, time.perf_counter() - begin
 
 
 @dataclass
@@ -229,8 +246,9 @@ class Service:
     migrating_hooks: list[float] = field(default_factory=list)
     migrating_steps: list[float] = field(default_factory=list)
     quiet_steps: list[float] = field(default_factory=list)
-    rounds: list[tuple[float, float]] = field(default_factory=list)  # ours, bare
-    rebalances: list[list[tuple[float, float]]] = field(default_factory=list)
+    # Ours, bare, bare with the copies; for every round, and for every rebalance its rounds.
+    rounds: list[tuple[float, float, float]] = field(default_factory=list)
+    rebalances: list[list[tuple[float, float, float]]] = field(default_factory=list)
 
     def run_cycle(self, traffic: Traffic, bare: BareTransfers | None) -> None:
         """Serve until one more rebalance is done; ``bare`` repeats what each step has moved."""
@@ -246,6 +264,8 @@ class Service:
         hidden, index = traffic.batch()
         before = self.balancer.stats()
         self.posted.clear()
+        if bare is not None:
+            bare.fill_caches()
         dist.barrier()
         begin = time.perf_counter()
         self.balancer(hidden, index)
@@ -259,7 +279,7 @@ class Service:
             self.migrating_hooks.append(hooks)
             self.migrating_steps.append(step)
             if bare is not None:
-                self.rounds.append((hooks, bare.seconds(self.posted)))
+                self.rounds.append((hooks, *bare.seconds(self.posted)))
         elif after.step > 2:
             self.quiet_steps.append(step)
 
@@ -285,8 +305,14 @@ def wrapped(args: argparse.Namespace, device: torch.device, overlap: bool) -> Se
         overlap=overlap,
         collect_interval=args.collect,
         plan_interval=2,
+        staging_bytes=args.budget * expert_bytes(args),
     )
     return Service(balancer, record_operations(balancer))
+
+
+def expert_bytes(args: argparse.Namespace) -> int:
+    """Three float32 matrices."""
+    return 3 * 4 * args.hidden * args.width
 
 
 def idle_hook_seconds(device: torch.device, steps: int) -> float:
@@ -311,15 +337,16 @@ def synchronize(device: torch.device) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--width", type=int, default=512, help="of an expert; 12 MiB by default")
-    parser.add_argument("--tokens", type=int, default=128, help="per rank and forward")
-    parser.add_argument("--cycles", type=int, default=6, help="rebalances of each way")
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--width", type=int, default=768, help="of an expert; 36 MiB by default")
+    parser.add_argument("--budget", type=int, default=1, help="experts that the staging holds")
+    parser.add_argument("--tokens", type=int, default=64, help="per rank and forward")
+    parser.add_argument("--cycles", type=int, default=10, help="rebalances of each way")
     parser.add_argument("--collect", type=int, default=12, help="steps before each rebalance")
     parser.add_argument("--short", action="store_true", help="some seconds, for a quick check")
     args = parser.parse_args()
     if args.short:
-        args.hidden, args.width, args.tokens, args.cycles, args.collect = 512, 256, 64, 2, 6
+        args.hidden, args.width, args.cycles, args.collect = 512, 256, 2, 6
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(run, (f"file://{Path(folder) / 'rendezvous'}", args), nprocs=RANKS)
 
@@ -341,7 +368,7 @@ def run(rank: int, rendezvous: str, args: argparse.Namespace) -> None:
     blocking, overlap = (wrapped(args, device, overlap) for overlap in (False, True))
     traffic = Traffic(device, args.tokens, args.hidden, rank)
     # A round moves experts of one layer, so a rank receives at most one for each slot.
-    bare = BareTransfers(device, SLOTS * blocking.balancer.stats().staging_bytes)
+    bare = BareTransfers(device, SLOTS * expert_bytes(args))
     with blocking.balancer, overlap.balancer, torch.inference_mode():
         for _ in range(args.cycles):
             blocking.run_cycle(traffic, bare)
@@ -355,7 +382,7 @@ def run(rank: int, rendezvous: str, args: argparse.Namespace) -> None:
     if rank == 0:
         print(
             f"{RANKS} ranks on {device.type}, {SLOTS} slots each; an expert is "
-            f"{blocking.balancer.stats().staging_bytes / 2**20:.1f} MiB\n"
+            f"{expert_bytes(args) / 2**20:.1f} MiB; staging for {args.budget}\n"
         )
         report(memory, everyone)
     dist.destroy_process_group()
@@ -372,15 +399,17 @@ def report(memory: list[Memory], everyone: list[Any]) -> None:
     ratio = max(row.bytes_sent / row.least for row in memory)
     line("bytes sent / minimum, worst", f"{ratio:.3f}", ratio <= 1.05, "<= 1.05")
 
-    ratios = []
-    for per_rank in zip(*(ways[0][3] for ways, _ in everyone), strict=True):
-        # A round is over, of ours and of the bare ones, when it is over on every rank.
-        ours, bare = np.array(per_rank).max(axis=0).sum(axis=0)
-        ratios.append(ours / bare)
-        totals = ours, bare
-    ratio = statistics.median(ratios)
-    text = f"{ratio:.2f} (last: {1e3 * totals[0]:.0f} ms / {1e3 * totals[1]:.0f} ms)"
+    # A round is over, of ours and of the bare ones, when it is over on every rank.
+    totals = [
+        np.array(per_rank).max(axis=0).sum(axis=0)
+        for per_rank in zip(*(ways[0][3] for ways, _ in everyone), strict=True)
+    ]
+    ours, bare, copied = 1e3 * np.median(totals, axis=0)
+    ratio = statistics.median(total[0] / total[1] for total in totals)
+    text = f"{ratio:.2f} ({ours:.0f} ms / {bare:.0f} ms)"
     line("rebalance without overlap / bare isend", text, ratio <= 1.15, "<= 1.15")
+    ratio = statistics.median(total[0] / total[2] for total in totals)
+    line("the same / bare isend and staged copies", f"{ratio:.2f} ({copied:.0f} ms)", None, "")
 
     hooks = [np.concatenate([ways[way][0] for ways, _ in everyone]) for way in (0, 1)]
     for name, summary in (("mean", np.mean), ("p99", lambda x: np.percentile(x, 99))):
@@ -388,15 +417,14 @@ def report(memory: list[Memory], everyone: list[Any]) -> None:
         text = f"{overlap / blocking:.2f} ({1e3 * overlap:.2f} ms / {1e3 * blocking:.2f} ms)"
         line(f"hooks while migrating / blocking, {name}", text, overlap <= blocking / 5, "<= 1/5")
 
-    slowed = []
+    p99s, medians = [], []
     # Steps without migration are alike whatever follows them.
     quiet = np.concatenate([ways[way][2] for ways, _ in everyone for way in (0, 1)])
     for way in (0, 1):
         moving = np.concatenate([ways[way][1] for ways, _ in everyone])
-        p99 = np.percentile(moving, 99) / np.percentile(quiet, 99)
-        slowed.append((float(p99), float(np.median(moving) / np.median(quiet))))
-    for index, name in enumerate(("p99", "median")):
-        blocking, overlap = (ratios[index] for ratios in slowed)
+        p99s.append(float(np.percentile(moving, 99) / np.percentile(quiet, 99)))
+        medians.append(float(np.median(moving) / np.median(quiet)))
+    for name, (blocking, overlap) in (("p99", p99s), ("median", medians)):
         text = f"{overlap:.2f}, blocking {blocking:.2f}"
         line(f"step while migrating / without, {name}", text, overlap < blocking, "lower")
 
@@ -404,8 +432,9 @@ def report(memory: list[Memory], everyone: list[Any]) -> None:
     line("hook per step, nothing pending", f"{1e6 * idle:.1f} us", idle < 30e-6, "< 30 us")
 
 
-def line(name: str, value: str, met: bool, aim: str) -> None:
-    print(f"{name:<42}{value:<38}{aim:<11}{'met' if met else 'MISSED'}", flush=True)
+def line(name: str, value: str, met: bool | None, aim: str) -> None:
+    verdict = "" if met is None else "met" if met else "MISSED"
+    print(f"{name:<42}{value:<38}{aim:<11}{verdict}".rstrip(), flush=True)
 
 
 if __name__ == "__main__":

@@ -172,6 +172,12 @@ def test_a_wrapped_model_runs_a_whole_rebalance_in_one_process(world_size: int, 
             assert sum(operation.nbytes for operation in operations) == total
             assert all(operation.peer != rank for operation in operations)
         assert all(0 <= op.round_index < stats.placement_version for op in posted)
+        staged = [0] * stats.placement_version
+        for operation in posted:
+            if operation.staged:
+                assert operation.kind == "receive"
+                staged[operation.round_index] += operation.nbytes
+        assert max(staged) <= stats.staging_bytes_peak
         assert 0 < stats.staging_bytes_peak <= stats.staging_bytes == max(layer_bytes)
 
         # Every token is counted, once per expert that it chose.

@@ -72,6 +72,10 @@ class Exchange:
     def staging_bytes(self) -> int:
         return self._pool.numel()
 
+    def is_staged(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is a part of the staging pool."""
+        return tensor.untyped_storage().data_ptr() == self._pool.untyped_storage().data_ptr()
+
     @property
     def active(self) -> bool:
         """Whether a round was posted and neither committed nor dropped."""
