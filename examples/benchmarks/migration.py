@@ -306,6 +306,7 @@ def wrapped(args: argparse.Namespace, device: torch.device, overlap: bool) -> Se
         collect_interval=args.collect,
         plan_interval=2,
         staging_bytes=args.budget * expert_bytes(args),
+        layers_per_step=args.layers_per_step,
     )
     return Service(balancer, record_operations(balancer))
 
@@ -340,6 +341,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--width", type=int, default=768, help="of an expert; 36 MiB by default")
     parser.add_argument("--budget", type=int, default=1, help="experts that the staging holds")
+    parser.add_argument("--layers-per-step", type=int, default=LAYERS, help=f"of {LAYERS}")
     parser.add_argument("--tokens", type=int, default=64, help="per rank and forward")
     parser.add_argument("--cycles", type=int, default=10, help="rebalances of each way")
     parser.add_argument("--collect", type=int, default=12, help="steps before each rebalance")
@@ -367,8 +369,8 @@ def run(rank: int, rendezvous: str, args: argparse.Namespace) -> None:
     idle = idle_hook_seconds(device, 400 if args.short else 2000)
     blocking, overlap = (wrapped(args, device, overlap) for overlap in (False, True))
     traffic = Traffic(device, args.tokens, args.hidden, rank)
-    # A round moves experts of one layer, so a rank receives at most one for each slot.
-    bare = BareTransfers(device, SLOTS * expert_bytes(args))
+    # A round moves an expert into a slot at most once.
+    bare = BareTransfers(device, args.layers_per_step * SLOTS * expert_bytes(args))
     with blocking.balancer, overlap.balancer, torch.inference_mode():
         for _ in range(args.cycles):
             blocking.run_cycle(traffic, bare)
@@ -382,7 +384,8 @@ def run(rank: int, rendezvous: str, args: argparse.Namespace) -> None:
     if rank == 0:
         print(
             f"{RANKS} ranks on {device.type}, {SLOTS} slots each; an expert is "
-            f"{expert_bytes(args) / 2**20:.1f} MiB; staging for {args.budget}\n"
+            f"{expert_bytes(args) / 2**20:.1f} MiB; staging for {args.budget}, layers per step: "
+            f"{args.layers_per_step}\n"
         )
         report(memory, everyone)
     dist.destroy_process_group()
