@@ -110,7 +110,7 @@ class Schedule:
         ]
 
     def replay(self) -> Iterator[NDArray[np.int32]]:
-        """Run the rounds on the placement; yields the experts ``[layers, ranks, slots]`` after each.
+        """Run the rounds on the placement; yield the experts ``[layers, ranks, slots]`` after each.
 
         The array is one and the same object, changed in place.
 
