@@ -18,7 +18,7 @@ from torch_eplb.config import Config
 from torch_eplb.layers.experts import ExpertLayer, byte_view, find_layers
 from torch_eplb.migration.exchange import Exchange, checksum
 from torch_eplb.migration.migration import Migration
-from torch_eplb.migration.schedule import make_schedule
+from torch_eplb.migration.schedule import Schedule, make_schedule
 from torch_eplb.placement import Placement
 from torch_eplb.planning.plan import Plan, Topology
 from torch_eplb.routing.tables import RoutingTables
@@ -72,20 +72,21 @@ class World:
         )
         self.migration = Migration(placement, self.tables, self.exchange, self.planes)
 
-    def schedule_to(self, wanted: Placement, direct: bool):
-        return make_schedule(
+    def begin(self, wanted: Placement, direct: bool) -> Schedule:
+        """Take on a plan that leads to ``wanted``."""
+        schedule = make_schedule(
             self.migration.placement,
             wanted,
             expert_bytes=self.layers[0].expert_bytes,
             staging_bytes=self.staging,
             direct=direct,
         )
+        plan = Plan(schedule.target, np.ones(wanted.experts.shape), np.ones(LAYERS))
+        self.migration.begin(plan, schedule.rounds)
+        return schedule
 
     def run_to(self, wanted: Placement, direct: bool) -> None:
-        schedule = self.schedule_to(wanted, direct)
-        split = np.full(wanted.experts.shape, 1.0)
-        plan = Plan(schedule.target, split, np.ones(LAYERS))
-        self.migration.begin(plan, schedule.rounds)
+        schedule = self.begin(wanted, direct)
         for placement in schedule.placements():
             self.migration.post_round()
             self.check()
@@ -174,10 +175,8 @@ def modes_that_change(rank: int, world_size: int, direct: bool, beside: bool) ->
     world = World(world_size, 6, 1)
     generator = np.random.default_rng(3)
     for inside in (True, False, True):
-        schedule = world.schedule_to(random_placement(generator, world_size, 6), direct)
-        plan = Plan(schedule.target, np.ones(schedule.target.experts.shape), np.ones(LAYERS))
         with torch.inference_mode(inside):
-            world.migration.begin(plan, schedule.rounds)
+            world.begin(random_placement(generator, world_size, 6), direct)
         while not world.migration.done:
             with torch.inference_mode(inside):
                 world.migration.post_round()
@@ -203,9 +202,7 @@ def damaged_transfer(rank: int, world_size: int, direct: bool) -> None:
     world = World(world_size, 6, 1, verify=True)
     start = world.migration.placement
     wanted = random_placement(np.random.default_rng(1), world_size, 6)
-    schedule = world.schedule_to(wanted, direct)
-    plan = Plan(schedule.target, np.ones(wanted.experts.shape), np.ones(LAYERS))
-    world.migration.begin(plan, schedule.rounds)
+    world.begin(wanted, direct)
     world.migration.post_round()
     world.migration.wait()
     assert world.migration.verified()
@@ -238,14 +235,14 @@ class Device:
     """Stands for an accelerator: work on a stream is done at once, events are reached on demand."""
 
     class Stream:
-        def __init__(self, device: Device) -> None:
-            self.device, self.waited_for = device, []
+        def __init__(self) -> None:
+            self.waited_for: list[Device.Stream] = []
 
         def wait_stream(self, other: Device.Stream) -> None:
             self.waited_for.append(other)
 
     def __init__(self) -> None:
-        self.side, self.main = self.Stream(self), self.Stream(self)
+        self.side, self.main = self.Stream(), self.Stream()
         self.current = self.main
         self.reached = False
         self.recorded_on: list[Device.Stream] = []
@@ -277,9 +274,7 @@ def checked_on_a_stream(rank: int, world_size: int, damage: bool) -> None:
     world = World(world_size, 6, 1, verify=True)
     world.exchange._stream = device.side  # type: ignore[assignment]
     wanted = random_placement(np.random.default_rng(1), world_size, 6)
-    schedule = world.schedule_to(wanted, False)
-    plan = Plan(schedule.target, np.ones(wanted.experts.shape), np.ones(LAYERS))
-    world.migration.begin(plan, schedule.rounds)
+    world.begin(wanted, False)
     world.migration.post_round()
     assert device.side.waited_for == [device.main]
     if damage:

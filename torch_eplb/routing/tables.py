@@ -150,7 +150,7 @@ class RoutingTables:
         slots = self._live_slots(placement, live, chosen)
         index = torch.tensor(chosen, device=self.slots_LEM.device)
         if self.choice_LEP is not None:
-            given = None if split is None or self.replica_choice == "even" else split[chosen]
+            given = None if split is None else split[chosen]
             self._write(self.choice_LEP, index, self._choices(slots, given))
         self._write(self.slots_LEM, index, slots)
         if self.host_slots_LEM is not self.slots_LEM:
