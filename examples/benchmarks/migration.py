@@ -250,22 +250,22 @@ class Service:
     rounds: list[tuple[float, float, float]] = field(default_factory=list)
     rebalances: list[list[tuple[float, float, float]]] = field(default_factory=list)
 
-    def run_cycle(self, traffic: Traffic, bare: BareTransfers | None) -> None:
-        """Serve until one more rebalance is done; ``bare`` repeats what each step has moved."""
+    def run_cycle(self, traffic: Traffic, bare: BareTransfers, repeat: bool) -> None:
+        """Serve until one more rebalance is done; ``bare`` may repeat what each step has moved."""
         target = self.balancer.stats().rebalances + 1
         self.rounds = []
         run_until(
-            lambda: self.balancer.stats().rebalances >= target, lambda: self.serve(traffic, bare)
+            lambda: self.balancer.stats().rebalances >= target,
+            lambda: self.serve(traffic, bare, repeat),
         )
-        if bare is not None:
+        if repeat:
             self.rebalances.append(self.rounds)
 
-    def serve(self, traffic: Traffic, bare: BareTransfers | None) -> None:
+    def serve(self, traffic: Traffic, bare: BareTransfers, repeat: bool) -> None:
         hidden, index = traffic.batch()
         before = self.balancer.stats()
         self.posted.clear()
-        if bare is not None:
-            bare.fill_caches()
+        bare.fill_caches()
         dist.barrier()
         begin = time.perf_counter()
         self.balancer(hidden, index)
@@ -278,7 +278,7 @@ class Service:
         ):
             self.migrating_hooks.append(hooks)
             self.migrating_steps.append(step)
-            if bare is not None:
+            if repeat:
                 self.rounds.append((hooks, *bare.seconds(self.posted)))
         elif after.step > 2:
             self.quiet_steps.append(step)
@@ -373,8 +373,8 @@ def run(rank: int, rendezvous: str, args: argparse.Namespace) -> None:
     bare = BareTransfers(device, args.layers_per_step * SLOTS * expert_bytes(args))
     with blocking.balancer, overlap.balancer, torch.inference_mode():
         for _ in range(args.cycles):
-            blocking.run_cycle(traffic, bare)
-            overlap.run_cycle(traffic, None)
+            blocking.run_cycle(traffic, bare, repeat=True)
+            overlap.run_cycle(traffic, bare, repeat=False)
     everyone: list[Any] = [None] * RANKS
     mine = [
         (s.migrating_hooks, s.migrating_steps, s.quiet_steps, s.rebalances)
