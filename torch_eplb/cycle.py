@@ -13,6 +13,9 @@ next, so that nobody waits for a message that was not already under way for a wh
     WAIT     until plan_interval steps after collection        (no messages)
     MIGRATE  the split changes at once; then round after round: drain, post, agree, commit
 
+Without overlap a round is received in the boundary that posts it; when every rank has it is agreed
+on beside the forward all the same, and it is committed at the next boundary.
+
 Any failure on the way ends the cycle with the present placement, and the next one begins.
 """
 
@@ -105,19 +108,21 @@ class RebalanceCycle:
         self._stall_limit = max(1000, 10 * (config.plan_interval + 1))
         self._cycle = 0
         self._draining = False
-        self._may_begin = True
         self._begin(0)
 
     # ---- the boundary -------------------------------------------------------------------------
 
     def boundary(self, step: int, together: bool = True) -> None:
-        """Do what is due before forward number ``step`` (counted from 0). Never waits for long.
+        """Do what is due before forward number ``step`` (counted from 0).
+
+        Waits for nothing that was not under way for a whole forward; but without overlap, when a
+        round is due, until it is received.
 
         Args:
             step: the forward to come.
             together: False where other ranks may still be in an earlier forward, which ended early
-                on this rank. Then a round that is run between two forwards (``overlap=False``) is
-                put off: it would wait for ranks that wait for this one.
+                on this rank. Then a round that is received between two forwards (``overlap=False``)
+                is put off: it would wait for ranks that wait for this one.
 
         Raises:
             PeerLostError: a rank died or was silent for ``timeout`` seconds.
@@ -125,7 +130,6 @@ class RebalanceCycle:
         """
         if self.disabled is not None:
             return
-        self._may_begin = together or self._config.overlap
         if self.stage is Stage.COLLECT:
             since = step - self._stage_start
             self._window.step(since)
@@ -136,11 +140,14 @@ class RebalanceCycle:
             self._enter(Stage.SAMPLE, step)
         elif self.stage is Stage.WAIT:
             self._apply_when_due(step)
-        elif self.stage is Stage.MIGRATE and not self._config.overlap:
-            if together:
-                self._run_round(step)
         else:
             self._act(self._agreed(), step)
+        if self.stage is Stage.MIGRATE and not (self._migration.in_flight or self._migration.done):
+            if self._config.overlap:
+                self._migration.post_round()
+            elif together:
+                self._migration.post_round()
+                self._migration.wait()
         self._advance()
         if self.stage in (Stage.SAMPLE, Stage.PLAN, Stage.RECEIVE) or self._migration.in_flight:
             self._post_agreement(step)
@@ -159,8 +166,11 @@ class RebalanceCycle:
         """
         self._draining = True
         try:
-            while self._migration.in_flight:
-                self._act(self._agreed(), step)
+            while self._migration.in_flight or self._migration.must_repair:
+                if self._migration.in_flight:
+                    self._act(self._agreed(), step)
+                else:
+                    self._migration.post_round()
                 if self._migration.in_flight:
                     self._migration.wait()
                     self._advance()
@@ -186,9 +196,11 @@ class RebalanceCycle:
         if self._migration.done:
             self._end(step)
         while self.stage is Stage.MIGRATE and self.disabled is None:
-            if not self._migration.in_flight:
-                self._migration.post_round()
-            self._end_in_this_step(step)
+            self._migration.post_round()
+            self._migration.wait()
+            self._advance()
+            self._post_agreement(step)
+            self._act(self._agreed(), step)
 
     def _begin(self, step: int) -> None:
         """Start collecting."""
@@ -356,7 +368,7 @@ class RebalanceCycle:
     # ---- migration ----------------------------------------------------------------------------
 
     def _apply_when_due(self, step: int) -> None:
-        if step < self._window_end + self._config.plan_interval or not self._may_begin:
+        if step < self._window_end + self._config.plan_interval:
             return
         assert self._reply is not None
         plan, schedule = self._reply.plan, self._reply.schedule
@@ -370,22 +382,6 @@ class RebalanceCycle:
         self._migration.begin(plan, schedule.rounds)
         if self._migration.done:
             self._end(step)
-        elif self._config.overlap:
-            self._migration.post_round()
-        else:
-            self._run_round(step)
-
-    def _run_round(self, step: int) -> None:
-        """Without overlap: one round from post to commit, within this boundary."""
-        self._migration.post_round()
-        self._end_in_this_step(step)
-
-    def _end_in_this_step(self, step: int) -> None:
-        """Wait for the round in flight, on all ranks."""
-        self._migration.wait()
-        self._advance()
-        self._post_agreement(step)
-        self._act(self._agreed(), step)
 
     def _end_round(self, fault: int, step: int) -> None:
         """Every rank has finished the round: commit it, or, where one doubts it, drop it."""
@@ -393,16 +389,12 @@ class RebalanceCycle:
         self._enter(Stage.MIGRATE, step)
         if fault:
             self._abandon()
-            if self.disabled is None and not migration.repairing:
+            if self.disabled is None and not migration.must_repair:
                 self._begin(step)
-            elif self.disabled is None and self._config.overlap:
-                migration.post_round()
             return
         migration.commit()
-        if migration.done or (self._draining and not migration.repairing):
+        if migration.done or self._draining:
             self._end(step)
-        elif self._config.overlap:
-            migration.post_round()
 
     def _abandon(self) -> None:
         """Some rank received what its peer did not send."""

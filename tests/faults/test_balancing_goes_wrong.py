@@ -197,22 +197,30 @@ def test_a_plan_that_is_never_ready_is_reported_and_applied_when_it_comes() -> N
         balancer.close()
 
 
-def damaged_twice(rank: int, world_size: int, direct: bool) -> tuple[str | None, int]:
-    """A bit flips in everything that rank 1 receives."""
-    model = ToyModel()
-    reference = copy.deepcopy(model)
-    balancer = torch_eplb.wrap(model, **QUICK, verify=True, direct=direct)
+def damage_what_arrives(balancer: torch_eplb.ExpertLoadBalancer, times: int | None = None) -> None:
+    """A bit flips in everything that this rank receives, in so many rounds."""
     exchange = balancer._exchange
     verified = exchange.verified
+    damaged = itertools.count()
 
-    def damaged() -> bool:
-        if rank == 1:
+    def damage() -> bool:
+        if times is None or next(damaged) < times:
             with torch.inference_mode():
                 for _, tensors in exchange._received_sums:
                     tensors[0][0] ^= 1
         return verified()
 
-    exchange.verified = damaged  # type: ignore[method-assign]
+    exchange.verified = damage  # type: ignore[method-assign]
+
+
+def damaged_twice(
+    rank: int, world_size: int, direct: bool, overlap: bool
+) -> tuple[str | None, int]:
+    model = ToyModel()
+    reference = copy.deepcopy(model)
+    balancer = torch_eplb.wrap(model, **QUICK, verify=True, direct=direct, overlap=overlap)
+    if rank == 1:
+        damage_what_arrives(balancer)
     with torch.no_grad():
         x = skewed_batch(12, 16, rank)
         while balancer.stats().disabled is None and balancer.stats().rebalances_abandoned < 3:
@@ -224,15 +232,46 @@ def damaged_twice(rank: int, world_size: int, direct: bool) -> tuple[str | None,
     return balancer.stats().disabled, balancer.stats().rebalances_abandoned
 
 
+@pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("direct", [True, False])
-def test_transfers_that_are_always_damaged_end_balancing_and_nothing_else(direct: bool) -> None:
-    for disabled, abandoned in run_ranks(damaged_twice, 2, direct):
+def test_transfers_that_are_always_damaged_end_balancing_and_nothing_else(
+    direct: bool, overlap: bool
+) -> None:
+    for disabled, abandoned in run_ranks(damaged_twice, 2, direct, overlap):
         assert abandoned >= 1
         if direct:
             # The first damage has destroyed a drained slot, the second its repair.
             assert disabled == "received experts failed their checksums twice in a row"
         else:
             assert disabled is None
+
+
+def closed_while_damaged(rank: int, world_size: int, overlap: bool, later: int) -> int:
+    """close() so many steps after a round was posted that fails its checksums; faults seen."""
+    model = ToyModel()
+    reference = copy.deepcopy(model)
+    balancer = torch_eplb.wrap(model, **QUICK, verify=True, overlap=overlap)
+    if rank == 1:
+        damage_what_arrives(balancer, times=1)
+    with torch.no_grad():
+        x = skewed_batch(12, 16, rank)
+        while balancer.stats().stage != "moving experts":
+            balancer(x)
+        assert not balancer._migration.live.all()
+        for _ in range(later):
+            torch.testing.assert_close(balancer(x), reference(x), atol=1e-5, rtol=1e-4)
+        balancer.close()
+        assert balancer._migration.live.all()
+        assert balancer.stats().disabled is None
+        torch.testing.assert_close(balancer(x), reference(x), atol=1e-5, rtol=1e-4)
+        assert torch.equal(balancer.unwrap()(x), reference(x))
+    return balancer.stats().rebalances_abandoned
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("later", [0, 1])
+def test_close_repairs_what_a_damaged_round_has_destroyed(overlap: bool, later: int) -> None:
+    assert run_ranks(closed_while_damaged, 2, overlap, later) == [1, 1]
 
 
 def endless_round(rank: int, world_size: int) -> list[str]:

@@ -35,7 +35,7 @@ class Migration:
         live: bool ``[layers, ranks, slots]``; False where a slot is drained and may be overwritten
             at any time. Same on all ranks.
         round: index of the round in flight or to come. Same on all ranks.
-        repairing: the round in flight fetches again what a failed round destroyed.
+        repairing: the round in flight or to come fetches again what a failed round destroyed.
         version: rounds committed since wrapping.
         experts_moved: transfers committed since wrapping.
     """
@@ -73,6 +73,11 @@ class Migration:
     def done(self) -> bool:
         """Whether all rounds are committed."""
         return self.round == len(self.rounds)
+
+    @property
+    def must_repair(self) -> bool:
+        """Whether a round that fetches destroyed experts again is still to be committed."""
+        return self.repairing and not self.done
 
     def begin(self, plan: Plan, rounds: Sequence[Round]) -> None:
         """Take a plan on. Routes before weights: its split holds from now on where it can."""
