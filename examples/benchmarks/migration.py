@@ -12,8 +12,9 @@ Everything that is compared is measured in one run, in turns:
 
     staging     an allocation observer sees every tensor memory that the exchange makes, its pool
                 included, for budgets of 1, 2 and 4 experts
-    blocking    a model balanced with overlap=False; each of its rounds is followed by bare
-                isend/irecv of the same sizes between the same ranks
+    blocking    a model balanced with overlap=False: each round is posted and received in one stop
+                and copied in the next one, before another is posted; each stop is followed by
+                bare isend/irecv of the same sizes between the same ranks
     overlap     the same model and traffic with overlap=True
     idle        steps in which nothing is pending
 """
@@ -341,7 +342,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--width", type=int, default=768, help="of an expert; 36 MiB by default")
     parser.add_argument("--budget", type=int, default=1, help="experts that the staging holds")
-    parser.add_argument("--layers-per-step", type=int, default=LAYERS, help=f"of {LAYERS}")
+    parser.add_argument("--layers-per-step", type=int, default=1, help=f"of {LAYERS}")
     parser.add_argument("--tokens", type=int, default=64, help="per rank and forward")
     parser.add_argument("--cycles", type=int, default=10, help="rebalances of each way")
     parser.add_argument("--collect", type=int, default=12, help="steps before each rebalance")
