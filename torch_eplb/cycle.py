@@ -108,6 +108,7 @@ class RebalanceCycle:
         self._stall_limit = max(1000, 10 * (config.plan_interval + 1))
         self._cycle = 0
         self._draining = False
+        self._may_post = True  # whether the next round is posted at this boundary
         self._begin(0)
 
     # ---- the boundary -------------------------------------------------------------------------
@@ -130,6 +131,7 @@ class RebalanceCycle:
         """
         if self.disabled is not None:
             return
+        self._may_post = together or self._config.overlap
         if self.stage is Stage.COLLECT:
             since = step - self._stage_start
             self._window.step(since)
@@ -142,11 +144,10 @@ class RebalanceCycle:
             self._apply_when_due(step)
         else:
             self._act(self._agreed(), step)
-        if self.stage is Stage.MIGRATE and not (self._migration.in_flight or self._migration.done):
-            if self._config.overlap:
-                self._migration.post_round()
-            elif together:
-                self._migration.post_round()
+        idle = not (self._migration.in_flight or self._migration.done)
+        if self.stage is Stage.MIGRATE and idle and self._may_post:
+            self._migration.post_round()
+            if not self._config.overlap:
                 self._migration.wait()
         self._advance()
         if self.stage in (Stage.SAMPLE, Stage.PLAN, Stage.RECEIVE) or self._migration.in_flight:
@@ -164,7 +165,7 @@ class RebalanceCycle:
         Raises:
             PeerLostError: as `boundary`.
         """
-        self._draining = True
+        self._draining, self._may_post = True, False
         try:
             while self._migration.in_flight or self._migration.must_repair:
                 if self._migration.in_flight:
@@ -192,6 +193,7 @@ class RebalanceCycle:
             return
         self._begin(step)
         self._enter(Stage.MIGRATE, step)
+        self._may_post = True
         self._migration.begin(plan, rounds)
         if self._migration.done:
             self._end(step)
@@ -392,7 +394,7 @@ class RebalanceCycle:
             if self.disabled is None and not migration.must_repair:
                 self._begin(step)
             return
-        migration.commit()
+        migration.commit(post_next=self._may_post)
         if migration.done or self._draining:
             self._end(step)
 

@@ -94,8 +94,9 @@ class Migration:
         """
         transfers = self.rounds[self.round]
         drained = transfers.transfers[transfers.direct]
-        self.live[_targets(drained)] = False
-        self._update_tables(drained[:, LAYER])
+        if self.live[_targets(drained)].any():  # else the last commit has drained them
+            self.live[_targets(drained)] = False
+            self._update_tables(drained[:, LAYER])
         self._planes.round_index = self.round
         try:
             self._exchange.post(self.round, transfers)
@@ -128,8 +129,12 @@ class Migration:
         """Whether what this rank received in the round is what its peers sent."""
         return self._exchange.verified()
 
-    def commit(self) -> None:
-        """Weights and routes of the round change now. Call when every rank has finished it."""
+    def commit(self, post_next: bool = False) -> None:
+        """Weights and routes of the round change now. Call when every rank has finished it.
+
+        Args:
+            post_next: `post_round` follows, if a round is left: routes change for both at once.
+        """
         self._exchange.commit()
         self._planes.round_index = None
         transfers = self.rounds[self.round].transfers
@@ -140,7 +145,13 @@ class Migration:
         self.version += 1
         self.experts_moved += 0 if self.repairing else len(transfers)
         self.round += 1
-        self._update_tables(transfers[:, LAYER])
+        changed = transfers[:, LAYER]
+        if post_next and not self.done:
+            following = self.rounds[self.round]
+            drained = following.transfers[following.direct]
+            self.live[_targets(drained)] = False
+            changed = np.concatenate([changed, drained[:, LAYER]])
+        self._update_tables(changed)
 
     def abandon(self) -> None:
         """Commit nothing of the round in flight, and no later one.
