@@ -1,6 +1,6 @@
 """What moving experts costs: memory, bytes, time, and how little of it the model feels.
 
-    python examples/benchmarks/migration.py            # starts its own 2 ranks, two minutes
+    python examples/benchmarks/migration.py            # starts its own 2 ranks, three minutes
     python examples/benchmarks/migration.py --short    # some seconds, for a quick check
 
 An expert has the 36 MiB of one of Qwen3-235B in bfloat16; `--hidden` and `--width` make it another
@@ -344,7 +344,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=1, help="experts that the staging holds")
     parser.add_argument("--layers-per-step", type=int, default=1, help=f"of {LAYERS}")
     parser.add_argument("--tokens", type=int, default=64, help="per rank and forward")
-    parser.add_argument("--cycles", type=int, default=10, help="rebalances of each way")
+    parser.add_argument("--cycles", type=int, default=20, help="rebalances of each way")
     parser.add_argument("--collect", type=int, default=12, help="steps before each rebalance")
     parser.add_argument("--short", action="store_true", help="some seconds, for a quick check")
     args = parser.parse_args()
