@@ -8,18 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.models import Experts, MoELayer, ToyModel, skewed_batch
+from support.models import QUICK, Experts, MoELayer, ToyModel, skewed_batch
 from support.ranks import run_ranks
 
 import torch_eplb
-
-QUICK: dict[str, Any] = {
-    "collect_interval": 4,
-    "plan_interval": 1,
-    "policy": "random",
-    "num_redundant_experts": 4,
-    "timeout": 30,
-}
 
 
 def run_some_rebalances(

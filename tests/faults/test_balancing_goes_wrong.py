@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.models import ToyModel, skewed_batch
+from support.models import QUICK, ToyModel, skewed_batch
 from support.ranks import run_ranks
 
 import torch_eplb
@@ -26,14 +26,6 @@ from torch_eplb import cycle
 from torch_eplb.comm import WorkWatcher
 from torch_eplb.planning import process
 from torch_eplb.testing import fake_process_group
-
-QUICK: dict[str, Any] = {
-    "collect_interval": 4,
-    "plan_interval": 1,
-    "policy": "random",
-    "num_redundant_experts": 4,
-    "timeout": 30,
-}
 
 
 class Said(logging.Handler):

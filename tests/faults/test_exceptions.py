@@ -9,20 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import ToyModel, skewed_batch
+from support.models import QUICK, ToyModel, skewed_batch
 from support.ranks import run_ranks
 from torch import nn
 
 import torch_eplb
 
 LAYERS = 3
-QUICK: dict[str, Any] = {
-    "collect_interval": 4,
-    "plan_interval": 1,
-    "policy": "random",
-    "num_redundant_experts": 4,
-    "timeout": 20,
-}
 
 
 class OwnError(Exception):

@@ -3,51 +3,21 @@
 from __future__ import annotations
 
 import copy
-import os
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from support.models import ToyModel, skewed_batch
+from support.forks import in_fork
+from support.models import QUICK, ToyModel, skewed_batch
 from support.ranks import run_ranks
 from support.resources import levels
 
 import torch_eplb
 
-QUICK: dict[str, Any] = {
-    "collect_interval": 3,
-    "plan_interval": 1,
-    "policy": "random",
-    "num_redundant_experts": 4,
-    "timeout": 30,
-}
 CLOSE: dict[str, float] = {"atol": 1e-5, "rtol": 1e-4}
-
-
-def in_fork(act: Callable[[], None]) -> None:
-    """Run ``act`` in a forked process, which must end well and soon."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            act()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    deadline = time.monotonic() + 20
-    while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
-        if time.monotonic() > deadline:
-            os.kill(pid, 9)
-            os.waitpid(pid, 0)
-            raise TimeoutError("the forked process hangs")
-        time.sleep(0.01)
-    assert ended[1] == 0
 
 
 def forked(rank: int, world_size: int, dispatch: str) -> int:
@@ -107,7 +77,7 @@ def two_models(rank: int, world_size: int) -> tuple[int, int]:
     models = [ToyModel(seed=1), ToyModel(3, seed=2)]
     references = copy.deepcopy(models)
     first = torch_eplb.wrap(models[0], **QUICK)
-    second = torch_eplb.wrap(models[1], **{**QUICK, "collect_interval": 4}, dispatch="all_reduce")
+    second = torch_eplb.wrap(models[1], **{**QUICK, "collect_interval": 3}, dispatch="all_reduce")
     step = 0
     with torch.no_grad():
         while min(first.stats().rebalances, second.stats().rebalances) < 3:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from support.forks import in_fork
 
 import torch_eplb
 from torch_eplb.placement import Placement
@@ -370,19 +371,6 @@ def test_a_planner_outlives_the_thread_that_started_it(start) -> None:
 # -- forks --------------------------------------------------------------------------------------
 
 
-def in_fork(act: Callable[[], None]) -> int:
-    """Run ``act`` in a forked process; its exit status."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            act()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 @pytest.mark.parametrize("policy", ["static", lambda *_: None])
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_neither_uses_nor_ends_its_parents_planner(start, policy) -> None:
@@ -403,7 +391,7 @@ def test_a_forked_process_neither_uses_nor_ends_its_parents_planner(start, polic
         planner.close()
         gc.collect()
 
-    assert in_fork(use) == 0
+    in_fork(use)
     assert planner.pid == pid
     assert ask(planner, 3).request_id == 3
     assert planner.restarts == 0

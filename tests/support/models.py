@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
+
+QUICK: dict[str, Any] = {
+    "collect_interval": 4,
+    "plan_interval": 1,
+    "policy": "random",
+    "num_redundant_experts": 4,
+    "timeout": 30,
+}
+"""Arguments of `torch_eplb.wrap` with which experts move early, often and far."""
 
 
 class Experts(nn.Module):
