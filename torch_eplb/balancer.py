@@ -213,19 +213,25 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
             return
         if self._on_meta:
             self._refuse_meta("run a forward")
-        # Where the last forward ended between two layers, others may wait in the second of them.
-        together = not (self._forward_under_way and self._state.between_layers)
+        self._catch_up()
         self._state.entered = False
-        # After a forward that not every rank made, those behind pass the others' boundaries, too.
-        while self._step <= self._state.latest_step and not (self._closed or self._failed):
-            self._pass_boundary(together)
         if not (self._closed or self._failed):
-            self._pass_boundary(together)
+            self._pass_boundary()
         # Only after an error: nobody waits for a step of this rank any more.
         self._state.step = -1 if self._closed or self._failed else self._step - 1
 
-    def _pass_boundary(self, together: bool) -> None:
+    def _catch_up(self) -> None:
+        """After a forward that not every rank made, those behind pass the others' boundaries, too.
+
+        Also before whatever else ranks do together: it takes them to be at the same boundary.
+        """
+        while self._step <= self._state.latest_step and not (self._closed or self._failed):
+            self._pass_boundary()
+
+    def _pass_boundary(self) -> None:
         self._planes.check_process()
+        # Where the last forward ended between two layers, others may wait in the second of them.
+        together = not (self._forward_under_way and self._state.between_layers)
         start = time.perf_counter()
         try:
             if self._recorder is not None and self._step > 0:
@@ -409,6 +415,7 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
 
     def _drain(self) -> None:
         """Let nothing be in flight that could write weights. Collective."""
+        self._catch_up()
         if self._closed or self._failed or self._cycle.disabled is not None:
             return
         try:
@@ -430,6 +437,7 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
             return
         try:
             if not (self._failed or self._planes.forked):
+                self._catch_up()
                 self._cycle.drain(self._step)
                 if self._recorder is not None:
                     self._recorder.boundary()
@@ -466,6 +474,7 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
             self._refuse_meta("unwrap")
             self._planes.check_process()
             if not self._closed:
+                self._catch_up()
                 self._cycle.drain(self._step)
             for index, layer in enumerate(self._layers):
                 experts = self._migration.experts[index]

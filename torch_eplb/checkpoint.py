@@ -77,6 +77,7 @@ def full_state_dict(
         PeerLostError: a rank did not come within ``timeout``.
     """
     balancer._refuse_meta("gather the experts")
+    balancer._catch_up()
     local = balancer.module.state_dict(prefix=prefix, keep_vars=True)
     experts = expert_tensors(balancer, local)
     keep = not rank0_only or balancer._planes.rank == 0
@@ -131,6 +132,7 @@ def load_full_state_dict(
         PeerLostError: a rank did not come within ``timeout``; nothing was written.
     """
     balancer._refuse_meta("load a state dict")
+    balancer._catch_up()
     local = balancer.module.state_dict(keep_vars=True)
     experts = expert_tensors(balancer, local)
     _agree(balancer, _problems(balancer.module, full, local, experts, strict, assign))

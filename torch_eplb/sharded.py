@@ -73,6 +73,7 @@ class ShardedState:
             PeerLostError: a rank did not come within ``timeout``.
         """
         balancer = self._balancer
+        balancer._catch_up()
         if balancer._migration.in_flight:
             balancer._drain()
         local = balancer.module.state_dict(keep_vars=True)

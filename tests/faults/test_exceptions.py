@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -129,6 +129,52 @@ def test_an_exception_on_one_rank_never_mixes_layers_and_ranks_find_together_aga
     steps, rebalances, apart = results[0]
     assert steps == 35 + 2 * apart
     assert rebalances >= 1
+
+
+ACTIONS: dict[str, Callable[[torch_eplb.ExpertLoadBalancer, ToyModel], object]] = {
+    "save": lambda balancer, reference: assert_same(balancer.state_dict(), reference.state_dict()),
+    "load": lambda balancer, reference: balancer.load_state_dict(reference.state_dict()),
+    "shards": lambda balancer, reference: torch_eplb.ShardedState(balancer).state_dict(),
+    "unwrap": lambda balancer, reference: balancer.unwrap(),
+    "close": lambda balancer, reference: balancer.close(),
+}
+
+
+def assert_same(state: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    for name, tensor in right.items():
+        assert torch.equal(state[name], tensor), name
+
+
+def apart(rank: int, world_size: int, action: str, overlap: bool) -> None:
+    """Rank 1 raises between two layers, and all ranks do something else than a forward next."""
+    model = ToyModel(LAYERS)
+    reference = copy.deepcopy(model)
+    balancer = torch_eplb.wrap(model, **{**QUICK, "timeout": 10, "overlap": overlap})
+    again = 6 if action in ("save", "load", "shards") else 1
+    with torch.no_grad():
+        for step in range(again):
+            x = skewed_batch(12, 16, 10 * step + rank)
+            # Rank 1 passes one boundary more than the others; at some of them messages go out.
+            for _ in range(step):
+                torch.testing.assert_close(balancer(x), reference(x), atol=1e-5, rtol=1e-4)
+            while balancer.stats().stage == "collecting load":
+                torch.testing.assert_close(balancer(x), reference(x), atol=1e-5, rtol=1e-4)
+            if rank == 1:
+                with raising(places(model)["router"]), pytest.raises(OwnError):
+                    balancer(x)
+            with pytest.raises(torch_eplb.EPLBError, match="not in the same forward"):
+                balancer(x)
+            ACTIONS[action](balancer, reference)
+        torch.testing.assert_close(balancer(x), reference(x), atol=1e-5, rtol=1e-4)
+        assert_same(balancer.unwrap().state_dict(), reference.state_dict())
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("action", ACTIONS)
+def test_ranks_that_an_exception_drove_apart_find_together_for_any_call(
+    action: str, overlap: bool
+) -> None:
+    run_ranks(apart, 2, action, overlap)
 
 
 def inside_the_experts(rank: int, world_size: int) -> str:

@@ -248,7 +248,7 @@ class Life:
         self.counts["fault: exception on all ranks"] += 1
 
     def raise_on_one(self) -> None:
-        """Before any exchange the next forward is the retry; later all ranks find together."""
+        """Before any exchange the next call must be the retry; later all ranks find together."""
         if self.options["dispatch"] != "all_to_all":
             return
         here = self.chance.randrange(self.world_size) == self.rank
@@ -259,6 +259,8 @@ class Life:
         if index > 0:
             with pytest.raises(torch_eplb.EPLBError, match="not in the same forward"):
                 self.balancer(self.batch())
+        else:
+            self.forward()
         self.counts["fault: exception on one rank"] += 1
 
     def _raise_in(self, module: torch.nn.Module) -> None:
