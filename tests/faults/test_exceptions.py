@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import QUICK, ToyModel, skewed_batch
+from support.moving import assert_same
 from support.ranks import run_ranks
 from torch import nn
 
@@ -138,11 +139,6 @@ ACTIONS: dict[str, Callable[[torch_eplb.ExpertLoadBalancer, ToyModel], object]] 
     "unwrap": lambda balancer, reference: balancer.unwrap(),
     "close": lambda balancer, reference: balancer.close(),
 }
-
-
-def assert_same(state: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    for name, tensor in right.items():
-        assert torch.equal(state[name], tensor), name
 
 
 def apart(rank: int, world_size: int, action: str, overlap: bool) -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.models import Experts, ToyModel, skewed_batch
+from support.moving import assert_same
 
 import torch_eplb
 from torch_eplb.planning.policies import POLICIES
@@ -188,8 +189,7 @@ class Life:
             if self.options["dispatch"] != "external":
                 x = self.batch()
                 assert torch.equal(unwrapped(x), self.reference(x))
-            for name, tensor in self.reference.state_dict().items():
-                assert torch.equal(unwrapped.state_dict()[name], tensor), name
+            assert_same(unwrapped.state_dict(), self.reference.state_dict())
         stats = balancer.stats()
         assert stats.disabled is None
         assert stats.stalled is None
@@ -286,9 +286,7 @@ class Life:
         self.counts["weight loads"] += 1
 
     def save_weights(self) -> None:
-        saved = self.balancer.state_dict()
-        for name, tensor in self.reference.state_dict().items():
-            assert torch.equal(saved[name], tensor), name
+        assert_same(self.balancer.state_dict(), self.reference.state_dict())
         self.counts["weights saved"] += 1
 
 
