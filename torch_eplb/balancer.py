@@ -415,14 +415,18 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
 
     def _drain(self) -> None:
         """Let nothing be in flight that could write weights. Collective."""
-        self._catch_up()
-        if self._closed or self._failed or self._cycle.disabled is not None:
+        if self._closed or self._failed:
             return
         try:
-            self._cycle.drain(self._step)
+            self._settle()
         except EPLBError as error:
             self._failure = str(error)
             raise
+
+    def _settle(self) -> None:
+        """Bring all ranks to one boundary, and a round in flight to its end. Collective."""
+        self._catch_up()
+        self._cycle.drain(self._step)
 
     # ---- the end ------------------------------------------------------------------------------
 
@@ -437,8 +441,7 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
             return
         try:
             if not (self._failed or self._planes.forked):
-                self._catch_up()
-                self._cycle.drain(self._step)
+                self._settle()
                 if self._recorder is not None:
                     self._recorder.boundary()
         except EPLBError as error:
@@ -474,8 +477,7 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
             self._refuse_meta("unwrap")
             self._planes.check_process()
             if not self._closed:
-                self._catch_up()
-                self._cycle.drain(self._step)
+                self._settle()
             for index, layer in enumerate(self._layers):
                 experts = self._migration.experts[index]
                 layer.restore(

@@ -167,15 +167,12 @@ class RebalanceCycle:
         """
         self._draining, self._may_post = True, False
         try:
+            if self._migration.in_flight:
+                self._act(self._agreed(), step)
             while self._migration.in_flight or self._migration.must_repair:
-                if self._migration.in_flight:
-                    self._act(self._agreed(), step)
-                else:
+                if not self._migration.in_flight:
                     self._migration.post_round()
-                if self._migration.in_flight:
-                    self._migration.wait()
-                    self._advance()
-                    self._post_agreement(step)
+                self._end_in_this_step(step)
         finally:
             self._draining = False
         if self.disabled is None and self.stage is not Stage.COLLECT:
@@ -199,10 +196,14 @@ class RebalanceCycle:
             self._end(step)
         while self.stage is Stage.MIGRATE and self.disabled is None:
             self._migration.post_round()
-            self._migration.wait()
-            self._advance()
-            self._post_agreement(step)
-            self._act(self._agreed(), step)
+            self._end_in_this_step(step)
+
+    def _end_in_this_step(self, step: int) -> None:
+        """Wait for the round in flight, on all ranks."""
+        self._migration.wait()
+        self._advance()
+        self._post_agreement(step)
+        self._act(self._agreed(), step)
 
     def _begin(self, step: int) -> None:
         """Start collecting."""

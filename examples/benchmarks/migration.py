@@ -1,6 +1,6 @@
 """What moving experts costs: memory, bytes, time, and how little of it the model feels.
 
-    python examples/benchmarks/migration.py            # starts its own 2 ranks, three minutes
+    python examples/benchmarks/migration.py            # starts its own 2 ranks, four minutes
     python examples/benchmarks/migration.py --short    # some seconds, for a quick check
 
 An expert has the 36 MiB of one of Qwen3-235B in bfloat16; `--hidden` and `--width` make it another

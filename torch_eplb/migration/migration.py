@@ -93,10 +93,7 @@ class Migration:
             PeerLostError: a connection is gone.
         """
         transfers = self.rounds[self.round]
-        drained = transfers.transfers[transfers.direct]
-        if self.live[_targets(drained)].any():  # else the last commit has drained them
-            self.live[_targets(drained)] = False
-            self._update_tables(drained[:, LAYER])
+        self._update_tables(self._drain(transfers))
         self._planes.round_index = self.round
         try:
             self._exchange.post(self.round, transfers)
@@ -147,10 +144,7 @@ class Migration:
         self.round += 1
         changed = transfers[:, LAYER]
         if post_next and not self.done:
-            following = self.rounds[self.round]
-            drained = following.transfers[following.direct]
-            self.live[_targets(drained)] = False
-            changed = np.concatenate([changed, drained[:, LAYER]])
+            changed = np.concatenate([changed, self._drain(self.rounds[self.round])])
         self._update_tables(changed)
 
     def abandon(self) -> None:
@@ -181,6 +175,14 @@ class Migration:
         self._planes.round_index = None
         self.rounds = self.rounds[: self.round]
         self.repairing = False
+
+    def _drain(self, transfers: Round) -> NDArray[np.int32]:
+        """Take the direct targets of a round out of use; layers whose tables have to change now."""
+        drained = transfers.transfers[transfers.direct]
+        targets = _targets(drained)
+        layers = drained[self.live[targets], LAYER]
+        self.live[targets] = False
+        return layers
 
     def _update_tables(self, layers: NDArray[np.int32] | None) -> None:
         """Tell the routing tables; None is all layers."""
