@@ -23,12 +23,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from support.models import Experts, ToyModel, skewed_batch
 
 import torch_eplb
-from torch_eplb.cycle import Stage
-from torch_eplb.placement import Placement
-from torch_eplb.planning import worker
-from torch_eplb.planning.messages import PlannerSettings, PlanReply, Refusal, Request
-from torch_eplb.planning.process import PlannerFault
+from torch_eplb.planner import worker
+from torch_eplb.planner.messages import PlannerSettings, PlanReply, Refusal, Request
+from torch_eplb.planner.process import PlannerFault
+from torch_eplb.runtime.cycle import Stage
 from torch_eplb.testing import fake_process_group
+from torch_eplb.values.placement import Placement
 
 RANKS, EXPERTS, LAYERS, PATIENCE = 3, 9, 2, 12
 

@@ -15,29 +15,41 @@ from torch_eplb.version import __version__
 
 if TYPE_CHECKING:
     from torch_eplb.balancer import ExpertLoadBalancer, wrap
-    from torch_eplb.config import Config
-    from torch_eplb.errors import EPLBError, PeerLostError
     from torch_eplb.layers.spec import register_layer
-    from torch_eplb.metrics import Stats
-    from torch_eplb.placement import Placement
-    from torch_eplb.planning.plan import Plan, Topology
-    from torch_eplb.pretrained import load_pretrained
-    from torch_eplb.sharded import PlacementState, ShardedState
+    from torch_eplb.runtime.config import Config
+    from torch_eplb.state.dcp import PlacementState, ShardedState
+    from torch_eplb.state.full import full_state_dict
+    from torch_eplb.state.pretrained import load_pretrained
+    from torch_eplb.values.errors import EPLBError, PeerLostError
+    from torch_eplb.values.metrics import Stats
+    from torch_eplb.values.placement import Placement
+    from torch_eplb.values.plan import Plan, Topology
 
 _HOMES = {
-    "Config": "config",
-    "EPLBError": "errors",
+    "Config": "runtime.config",
+    "EPLBError": "values.errors",
     "ExpertLoadBalancer": "balancer",
-    "PeerLostError": "errors",
-    "Placement": "placement",
-    "PlacementState": "sharded",
-    "Plan": "planning.plan",
-    "ShardedState": "sharded",
-    "Stats": "metrics",
-    "Topology": "planning.plan",
-    "load_pretrained": "pretrained",
+    "PeerLostError": "values.errors",
+    "Placement": "values.placement",
+    "PlacementState": "state.dcp",
+    "Plan": "values.plan",
+    "ShardedState": "state.dcp",
+    "Stats": "values.metrics",
+    "Topology": "values.plan",
+    "full_state_dict": "state.full",
+    "load_pretrained": "state.pretrained",
     "register_layer": "layers.spec",
     "wrap": "balancer",
+}
+
+# Modules that the documentation names, as attributes of the package.
+_MODULES = {
+    "expert_map": "files.expert_map",
+    "materialize": "state.materialize",
+    "plot": "offline.plot",
+    "simulate": "offline.simulate",
+    "testing": "testing",
+    "trace": "files.trace",
 }
 
 __all__ = [
@@ -52,6 +64,7 @@ __all__ = [
     "Stats",
     "Topology",
     "__version__",
+    "full_state_dict",
     "load_pretrained",
     "register_layer",
     "wrap",
@@ -61,10 +74,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    if name in ("testing", "trace", "simulate", "plot"):
-        return importlib.import_module(f"{__name__}.{name}")
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{_MODULES[name]}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_HOMES, *_MODULES})

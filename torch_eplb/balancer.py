@@ -26,24 +26,25 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from torch_eplb import checkpoint, clock
-from torch_eplb.comm import Planes
-from torch_eplb.config import PHASES, Config
-from torch_eplb.cycle import RebalanceCycle
-from torch_eplb.errors import EPLBError
-from torch_eplb.expert_map import write_expert_map
+from torch_eplb.comm.communicator import Planes
+from torch_eplb.files.expert_map import write_expert_map
 from torch_eplb.layers.dispatch import BoundToRanks, Dispatch, make_dispatch
 from torch_eplb.layers.experts import ExpertLayer
 from torch_eplb.layers.gather import gather_layer
-from torch_eplb.layers.state import RoutingState
-from torch_eplb.metrics import Stats
+from torch_eplb.layers.position import RoutingState
 from torch_eplb.migration.exchange import Exchange
-from torch_eplb.migration.migration import Migration
-from torch_eplb.placement import Placement
-from torch_eplb.planning.process import Planner, PlannerSettings
-from torch_eplb.recording import StepRecorder
+from torch_eplb.migration.progress import Migration
+from torch_eplb.planner.process import Planner, PlannerSettings
 from torch_eplb.routing import LoadCounters, RoutingTables
-from torch_eplb.setup import Setup, prepare, release
+from torch_eplb.runtime import clock
+from torch_eplb.runtime.config import PHASES, Config
+from torch_eplb.runtime.cycle import RebalanceCycle
+from torch_eplb.runtime.prepare import Setup, prepare, release
+from torch_eplb.runtime.recording import StepRecorder
+from torch_eplb.state import full as checkpoint
+from torch_eplb.values.errors import EPLBError
+from torch_eplb.values.metrics import Stats
+from torch_eplb.values.placement import Placement
 
 __all__ = ["ExpertLoadBalancer", "wrap"]
 
@@ -361,7 +362,7 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
     ) -> Any:
         """The unwrapped model's state dict: its own keys, all experts in logical order.
 
-        Collective; every rank gets it. ``torch_eplb.checkpoint.full_state_dict`` has more options
+        Collective; every rank gets it. ``torch_eplb.state.full.full_state_dict`` has more options
         (rank 0 only, in host memory). ``balancer.module.state_dict()`` is this rank's own memory
         instead, with one entry per slot.
         """
@@ -378,7 +379,7 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
     ) -> Any:
         """Load the unwrapped model's state dict into every replica of the present placement.
 
-        Collective; see `torch_eplb.checkpoint.load_full_state_dict`.
+        Collective; see `torch_eplb.state.full.load_full_state_dict`.
         """
         return checkpoint.load_full_state_dict(self, state_dict, strict=strict, assign=assign)
 

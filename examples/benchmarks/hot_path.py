@@ -30,8 +30,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torch_eplb.placement import Placement
-from torch_eplb.planning.plan import Topology
 from torch_eplb.routing import (
     RoutingTables,
     choose_from_table,
@@ -40,6 +38,8 @@ from torch_eplb.routing import (
     plan_dispatch,
     solve_quotas,
 )
+from torch_eplb.values.placement import Placement
+from torch_eplb.values.plan import Topology
 
 TOP_K = 8
 HIDDEN, INTERMEDIATE = 1024, 512

@@ -41,13 +41,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import torch_eplb
-from torch_eplb.comm import Planes
-from torch_eplb.config import Config
+from torch_eplb.comm.communicator import Planes
 from torch_eplb.layers.experts import find_layers
 from torch_eplb.migration.exchange import Exchange
-from torch_eplb.migration.schedule import make_schedule
-from torch_eplb.placement import Placement
+from torch_eplb.runtime.config import Config
+from torch_eplb.schedule.schedule import make_schedule
 from torch_eplb.testing import Operation, record_operations, run_until
+from torch_eplb.values.placement import Placement
 
 RANKS, LAYERS, EXPERTS, REDUNDANT, TOP_K = 2, 2, 16, 2, 2
 SLOTS = (EXPERTS + REDUNDANT) // RANKS

@@ -25,10 +25,10 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from torch_eplb import Placement, Topology
-from torch_eplb.planning import flow
-from torch_eplb.planning.policies import make_policy
-from torch_eplb.planning.split import batch_rank_loads
-from torch_eplb.trace import read_trace
+from torch_eplb.files.trace import read_trace
+from torch_eplb.policies import flow
+from torch_eplb.policies.registry import make_policy
+from torch_eplb.policies.split import batch_rank_loads
 
 TRACE = Path(__file__).resolve().parent.parent / "data" / "trace.npz"
 POLICIES = ("static", "deepseek", "swift", "flashlb", "flow")

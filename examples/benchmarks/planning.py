@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torch_eplb import Placement, Topology
-from torch_eplb.planning.policies import POLICIES, make_policy
-from torch_eplb.planning.split import judged_par
+from torch_eplb.policies.registry import POLICIES, make_policy
+from torch_eplb.policies.split import judged_par
 
 SAMPLES, TOPICS = 25, 8
 TOKENS = 256  # per expert and sample, mean

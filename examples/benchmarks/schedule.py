@@ -30,14 +30,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from torch_eplb.migration.schedule import (
+from torch_eplb.files.trace import read_trace
+from torch_eplb.schedule.schedule import (
     SOURCE_RANK,
     TARGET_RANK,
     check_schedule,
     make_schedule,
 )
-from torch_eplb.placement import Placement
-from torch_eplb.trace import read_trace
+from torch_eplb.values.placement import Placement
 
 RANKS = (8, 16, 32, 64, 128, 256, 320)
 EXPERTS = (64, 128, 256, 512)

@@ -13,15 +13,15 @@ import torch.distributed as dist
 from support.ranks import run_ranks
 from torch import nn
 
-from torch_eplb.comm import Planes
-from torch_eplb.config import Config
+from torch_eplb.comm.communicator import Planes
 from torch_eplb.layers.experts import ExpertLayer, byte_view, find_layers
 from torch_eplb.migration.exchange import Exchange, checksum
-from torch_eplb.migration.migration import Migration
-from torch_eplb.migration.schedule import Schedule, make_schedule
-from torch_eplb.placement import Placement
-from torch_eplb.planning.plan import Plan, Topology
+from torch_eplb.migration.progress import Migration
 from torch_eplb.routing.tables import RoutingTables
+from torch_eplb.runtime.config import Config
+from torch_eplb.schedule.schedule import Schedule, make_schedule
+from torch_eplb.values.placement import Placement
+from torch_eplb.values.plan import Plan, Topology
 
 LAYERS, EXPERTS = 2, 8
 

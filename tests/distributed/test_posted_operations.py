@@ -15,12 +15,12 @@ from torch import nn
 
 import torch_eplb
 import torch_eplb.testing
-from torch_eplb.comm import Planes
-from torch_eplb.config import Config
+from torch_eplb.comm.communicator import Planes
 from torch_eplb.layers.experts import ExpertLayer, find_layers
 from torch_eplb.migration.exchange import Exchange
-from torch_eplb.migration.schedule import Schedule, make_schedule
-from torch_eplb.placement import Placement
+from torch_eplb.runtime.config import Config
+from torch_eplb.schedule.schedule import Schedule, make_schedule
+from torch_eplb.values.placement import Placement
 
 LAYERS = 3
 STAGED_EXPERTS = 2

@@ -19,8 +19,8 @@ from support.ranks import run_ranks
 from torch import nn
 
 import torch_eplb
-from torch_eplb.materialize import materialize
-from torch_eplb.pretrained import load_pretrained
+from torch_eplb.state.materialize import materialize
+from torch_eplb.state.pretrained import load_pretrained
 from torch_eplb.testing import fake_process_group
 
 # ---- transformers' models -----------------------------------------------------------------------

@@ -14,7 +14,7 @@ from support.ranks import run_ranks
 
 import torch_eplb
 import torch_eplb.testing
-from torch_eplb.comm import WorkWatcher
+from torch_eplb.comm.communicator import WorkWatcher
 
 DELAY = 5
 """Polls for which a slow link's transfers look unfinished."""

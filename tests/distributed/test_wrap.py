@@ -14,10 +14,10 @@ from support.models import ToyModel, skewed_batch
 from support.ranks import run_ranks
 
 import torch_eplb
-from torch_eplb import setup
-from torch_eplb.expert_map import read_expert_map, write_expert_map
+from torch_eplb.files.expert_map import read_expert_map, write_expert_map
+from torch_eplb.files.trace import read_trace
+from torch_eplb.runtime import prepare as setup
 from torch_eplb.testing import fake_process_group
-from torch_eplb.trace import read_trace
 
 
 class Unreadable(torch.nn.Module):

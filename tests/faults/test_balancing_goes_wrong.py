@@ -22,9 +22,9 @@ from support.models import QUICK, ToyModel, skewed_batch
 from support.ranks import run_ranks
 
 import torch_eplb
-from torch_eplb import cycle
-from torch_eplb.comm import WorkWatcher
-from torch_eplb.planning import process
+from torch_eplb.comm.communicator import WorkWatcher
+from torch_eplb.planner import process
+from torch_eplb.runtime import cycle
 from torch_eplb.testing import fake_process_group
 
 

@@ -118,7 +118,7 @@ def test_a_launched_program_ends_as_a_whole_and_the_planner_says_nothing(
     # that rank 1 may have missed rank 0 already.
     if whom != "rank 0":
         assert "torch_eplb" not in errors, errors
-    assert "torch_eplb/planning" not in errors, errors
+    assert "torch_eplb/planner" not in errors, errors
     assert "BrokenPipe" not in errors, errors
     # What lies there is the launcher's own.
     assert not [path for path in temporary.rglob("*") if "eplb" in path.name]

@@ -27,12 +27,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import torch_eplb
-from torch_eplb.placement import Placement
-from torch_eplb.planning import process, worker
-from torch_eplb.planning.frames import DTYPES, Frame
-from torch_eplb.planning.messages import Request, check_reply
-from torch_eplb.planning.plan import Topology
-from torch_eplb.planning.process import Planner, PlannerFault, PlannerSettings, PlanReply
+from torch_eplb.planner import process, worker
+from torch_eplb.planner.frames import DTYPES, Frame
+from torch_eplb.planner.messages import Request, check_reply
+from torch_eplb.planner.process import Planner, PlannerFault, PlannerSettings, PlanReply
+from torch_eplb.values.placement import Placement
+from torch_eplb.values.plan import Topology
 
 LIMIT = 60
 LAYERS, EXPERTS, RANKS, SLOTS = 2, 6, 4, 2
@@ -125,8 +125,8 @@ POLICIES = """
 import ctypes, os, resource, signal, sys, threading, time
 from pathlib import Path
 import numpy as np
-from torch_eplb.placement import Placement
-from torch_eplb.planning.plan import Plan
+from torch_eplb.values.placement import Placement
+from torch_eplb.values.plan import Plan
 
 def even(placement):
     counts = placement.replica_counts()
@@ -335,9 +335,9 @@ STAND_IN = f"""
 import os, socket, sys, time
 sys.path.insert(0, {str(Path(torch_eplb.__file__).parent.parent)!r})
 import numpy as np
-from torch_eplb.planning.frames import *
-from torch_eplb.planning.messages import *
-from torch_eplb.planning.worker import answer
+from torch_eplb.planner.frames import *
+from torch_eplb.planner.messages import *
+from torch_eplb.planner.worker import answer
 sock = socket.socket(fileno=int(sys.argv[1]))
 reader = FrameReader(sock, Kind)
 def send(frame): sock.sendall(b"".join(encode(frame)))
@@ -534,9 +534,9 @@ def test_no_array_that_a_planner_may_send_gets_past_the_check_unless_it_is_a_pla
 SERVER = """
 import os, signal, sys, threading, time
 import numpy as np
-from torch_eplb.placement import Placement
-from torch_eplb.planning.plan import Topology
-from torch_eplb.planning.process import Planner, PlannerSettings
+from torch_eplb.values.placement import Placement
+from torch_eplb.values.plan import Topology
+from torch_eplb.planner.process import Planner, PlannerSettings
 import {module} as policies
 
 def serve():

@@ -16,7 +16,7 @@ from support.ranks import run_ranks
 from torch import nn
 
 import torch_eplb
-from torch_eplb.cycle import _ROUNDS
+from torch_eplb.runtime.cycle import _ROUNDS
 
 
 class Detached(nn.Module):

@@ -6,8 +6,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torch_eplb.placement import Placement
-from torch_eplb.planning.plan import Topology
 from torch_eplb.routing import (
     RoutingTables,
     choose_by_quota,
@@ -15,6 +13,8 @@ from torch_eplb.routing import (
     choose_locally,
     count_hits,
 )
+from torch_eplb.values.placement import Placement
+from torch_eplb.values.plan import Topology
 
 EXPERTS, RANKS, SLOTS = 12, 4, 5
 

@@ -7,8 +7,6 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from torch_eplb.placement import Placement
-from torch_eplb.planning.plan import Topology
 from torch_eplb.routing import (
     RoutingTables,
     choose_by_quota,
@@ -18,6 +16,8 @@ from torch_eplb.routing import (
     solve_quotas,
 )
 from torch_eplb.routing.quotas import solve_quotas_device
+from torch_eplb.values.placement import Placement
+from torch_eplb.values.plan import Topology
 
 EXPERTS, RANKS, SLOTS, TOKENS, TOP_K = 12, 4, 4, 10, 2
 

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torch_eplb.placement import Placement
-from torch_eplb.planning.plan import Topology
 from torch_eplb.routing.tables import CHOICE_LENGTH, RoutingTables, spread
+from torch_eplb.values.placement import Placement
+from torch_eplb.values.plan import Topology
 
 
 def random_placement(seed: int, layers: int, experts: int, ranks: int, slots: int) -> Placement:

@@ -41,7 +41,7 @@ def settled_resources(like: dict[str, int], patience: float) -> dict[str, int]:
 
 def soak(rank: int, world_size: int, seed: int, seconds: float) -> dict[str, Any]:
     # Restart planners quickly, so that lives see their planner come back.
-    from torch_eplb.planning import process
+    from torch_eplb.planner import process
 
     process.BACKOFF_FIRST_SECONDS = 0.05
     counts: Counter[str] = Counter()

@@ -21,7 +21,7 @@ from support.models import Experts, ToyModel, skewed_batch
 from support.moving import assert_same
 
 import torch_eplb
-from torch_eplb.planning.policies import POLICIES
+from torch_eplb.policies.registry import POLICIES
 
 EXPERTS, HIDDEN = 8, 16
 CHOICES = {

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from torch_eplb.comm import Planes, all_gather_single, wait_for
+from torch_eplb.comm.communicator import Planes, all_gather_single, wait_for
 
 __all__ = ["all_gather_counts", "exchange_counts", "exchange_rows", "share_input", "sum_output"]
 

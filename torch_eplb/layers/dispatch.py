@@ -32,7 +32,7 @@ from torch_eplb.layers.collectives import (
     sum_output,
 )
 from torch_eplb.layers.experts import ExpertLayer
-from torch_eplb.layers.state import RoutingState
+from torch_eplb.layers.position import RoutingState
 from torch_eplb.routing import (
     choose_from_table,
     choose_locally,

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from torch_eplb.comm import Planes, wait_for
+from torch_eplb.comm.communicator import Planes, wait_for
 from torch_eplb.layers.experts import ExpertLayer, byte_view
 
 __all__ = ["empty_full", "gather_layer", "gather_tensor"]

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.distributed as dist
 
-from torch_eplb.comm import Planes, WorkWatcher
+from torch_eplb.comm.communicator import Planes, WorkWatcher
 from torch_eplb.layers.experts import ExpertLayer
-from torch_eplb.migration.rounds import (
+from torch_eplb.values.rounds import (
     LAYER,
     SOURCE_RANK,
     SOURCE_SLOT,

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torch_eplb.placement import Placement
-from torch_eplb.planning.plan import Topology
+from torch_eplb.values.placement import Placement
+from torch_eplb.values.plan import Topology
 
 __all__ = ["CHOICE_LENGTH", "REPLICA_CHOICES", "RoutingTables", "spread"]
 

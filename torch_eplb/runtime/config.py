@@ -1,0 +1,241 @@
+"""The keyword arguments of `torch_eplb.wrap`, as one frozen, validated dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Config", "parse_bytes"]
+
+DISPATCHES = ("all_to_all", "all_reduce", "external")
+REPLICA_CHOICES = ("batch", "local", "table", "even")
+PHASES = ("all", "prefill", "decode")
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
+
+
+def parse_bytes(value: int | str, name: str = "value") -> int:
+    """Bytes from an int or from text with a unit.
+
+    >>> parse_bytes("64MiB"), parse_bytes("1.5 GB"), parse_bytes(4096)
+    (67108864, 1500000000, 4096)
+
+    Raises:
+        TypeError: neither int nor str.
+        ValueError: not a size, or negative.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise TypeError(f'{name} must be an int (bytes) or text like "64MiB", got {value!r}')
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+        unit = _UNITS.get(match.group(2).upper()) if match else None
+        if match is None or unit is None:
+            raise ValueError(
+                f"{name}={value!r} is not a size: write bytes as an int, or a number with one of "
+                "B, KB, MB, GB, KiB, MiB, GiB"
+            )
+        value = int(float(match.group(1)) * unit)
+    if value < 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How a model is balanced. Every field must be the same on all ranks.
+
+    Raises:
+        TypeError, ValueError: at construction, naming the field, its value and the remedy.
+    """
+
+    num_redundant_experts: int = 0
+    """Slots beyond one per logical expert, per layer. (experts + redundant) must divide evenly
+    over the ranks."""
+
+    dispatch: str = "all_to_all"
+    """How tokens reach experts. "all_to_all": every rank has its own batch. "all_reduce": all
+    ranks hold the same batch and their partial outputs are summed. "external": the layer
+    dispatches by itself and wants physical expert ids."""
+
+    replica_choice: str | None = None
+    """Which replica a token goes to. "batch": the split is solved for every batch and layer on
+    global counts. "local": each rank solves it for its own tokens. "table": the planner's shares.
+    "even": replicas in turn. None: "local" for dispatch="external", else "batch"."""
+
+    policy: str | Callable[..., Any] = "flow"
+    """How placements are planned: "flow", "deepseek", "swift", "flashlb", "random", "static", or a
+    callable ``(load [samples, layers, experts], placement, topology) -> Plan``."""
+
+    min_gain: float | None = None
+    """Least gain of mean PAR that a moved expert must bring (policy "flow"). None: its default."""
+
+    target_par: float | None = None
+    """No expert moves in a layer whose predicted PAR is below this (policy "flow"). None: its
+    default."""
+
+    max_moves: int | None = None
+    """Most experts moved per layer and rebalance (policy "flow"). None: no bound."""
+
+    collect_interval: int = 600
+    """Steps over which load is collected before a plan is made."""
+
+    plan_interval: int = 50
+    """Steps after collection before which a plan is not applied."""
+
+    layers_per_step: int = 1
+    """Most layers whose experts move in one round."""
+
+    staging_bytes: int | str | None = None
+    """Receive memory per rank, in bytes or as "64MiB". None: one expert of the largest layer, which
+    is also the least."""
+
+    direct: bool = True
+    """Receive straight into slots whose expert has another replica (no staging) where possible."""
+
+    overlap: bool = True
+    """Transfers run while the model computes. False: each round runs between two forwards."""
+
+    bytes_per_step: int | str | None = None
+    """Most bytes that a rank sends in one round; at least one expert is always sent. None: no
+    bound."""
+
+    verify: bool = False
+    """Send a checksum with every expert and check it before the commit."""
+
+    phase: str = "all"
+    """Which steps are recorded: "all", or those in ``balancer.phase("prefill" | "decode")``."""
+
+    expert_map: str | os.PathLike[str] | None = None
+    """Initial placement: path of a JSON file in vLLM-Ascend's expert map layout."""
+
+    record_path: str | os.PathLike[str] | None = None
+    """Write the load of every recorded step to this npz trace (rank 0 writes)."""
+
+    record_map_path: str | os.PathLike[str] | None = None
+    """Write each cycle's planned expert map to this JSON file and move nothing."""
+
+    num_nodes: int | None = None
+    """Nodes that the ranks sit on, equally many each. None: from LOCAL_WORLD_SIZE when the ranks
+    fill whole nodes, else 1."""
+
+    num_expert_groups: int = 1
+    """Expert groups of group-limited routing; with several nodes, placement is hierarchical when
+    the groups divide evenly over the nodes."""
+
+    timeout: float = 60.0
+    """Seconds after which a silent peer counts as lost and a silent planner is restarted."""
+
+    hccl_buffer_size: int = 16
+    """MiB of each of the two buffers of the HCCL communicator that moves weights (Ascend)."""
+
+    nccl_max_ctas: int = 4
+    """Most CTAs that NCCL may use for moving weights (CUDA)."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("num_redundant_experts", 0),
+            ("collect_interval", 1),
+            ("plan_interval", 0),
+            ("layers_per_step", 1),
+            ("num_expert_groups", 1),
+            ("hccl_buffer_size", 1),
+            ("nccl_max_ctas", 1),
+        ):
+            self._check_int(name, least)
+        for name in ("max_moves", "num_nodes"):
+            if getattr(self, name) is not None:
+                self._check_int(name, 1)
+        for name in ("staging_bytes", "bytes_per_step"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, parse_bytes(value, name))
+        for name in ("direct", "overlap", "verify"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        self._check_choice("dispatch", DISPATCHES)
+        self._check_choice("phase", PHASES)
+        self._check_replica_choice()
+        self._check_policy()
+        self._check_number("min_gain", 0.0)
+        self._check_number("target_par", 1.0)
+        self._check_number("timeout", 0.0)
+        if not self.timeout > 0:
+            raise ValueError(f"timeout must be more than 0 seconds, got {self.timeout}")
+        for name in ("expert_map", "record_path", "record_map_path"):
+            value = getattr(self, name)
+            if value is not None:
+                if not isinstance(value, (str, os.PathLike)):
+                    raise TypeError(f"{name} must be a path, got {value!r}")
+                object.__setattr__(self, name, os.fspath(value))
+
+    def _check_int(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+    def _check_number(self, name: str, least: float) -> None:
+        value = getattr(self, name)
+        if value is None and name != "timeout":
+            return
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        if not least <= value < float("inf"):
+            raise ValueError(f"{name} must be a finite number of at least {least}, got {value}")
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise ValueError(
+                f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}"
+            )
+
+    def _check_replica_choice(self) -> None:
+        if self.replica_choice is None:
+            default = "local" if self.dispatch == "external" else "batch"
+            object.__setattr__(self, "replica_choice", default)
+        self._check_choice("replica_choice", REPLICA_CHOICES)
+        if self.dispatch == "all_reduce" and self.replica_choice == "local":
+            raise ValueError(
+                'replica_choice="local" with dispatch="all_reduce" would let ranks choose '
+                'different replicas of one token, which counts it twice; use "batch", "table" '
+                'or "even"'
+            )
+        if self.dispatch == "external" and self.replica_choice == "batch":
+            raise ValueError(
+                'replica_choice="batch" needs the counts of all ranks, which a layer with '
+                'dispatch="external" does not exchange with us; use "local", "table" or "even"'
+            )
+
+    def _check_policy(self) -> None:
+        from torch_eplb.policies.registry import POLICIES
+
+        if callable(self.policy):
+            return
+        if self.policy not in POLICIES:
+            raise ValueError(
+                f"policy must be a callable or one of {', '.join(map(repr, POLICIES))}, "
+                f"got {self.policy!r}"
+            )
+
+    def fingerprint(self) -> dict[str, str]:
+        """Every field as text, for comparing ranks."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if callable(self.policy):
+            policy = self.policy
+            values["policy"] = getattr(policy, "__qualname__", type(policy).__qualname__)
+        return {name: repr(value) for name, value in values.items()}

@@ -1,0 +1,444 @@
+"""The rebalance cycle: a state machine that every rank runs in lockstep, one boundary per step.
+
+A boundary is the moment before a forward. All ranks make the same forwards, so "boundary 812" means
+the same thing everywhere, and whatever changes weights or routing happens at the same boundary on
+all ranks. What a rank cannot know by counting (has everybody's transfer finished? has rank 0's
+planner answered?) is agreed by a tiny all-reduce that is started at one boundary and read at the
+next, so that nobody waits for a message that was not already under way for a whole forward.
+
+    COLLECT  count; at the window's end copies of the counters are under way       (no messages)
+    SAMPLE   every rank has its copies                        -> the load reduction is started
+    PLAN     rank 0 has the sum, asks the planner             -> the broadcast is started
+    RECEIVE  every rank has the plan
+    WAIT     until plan_interval steps after collection        (no messages)
+    MIGRATE  the split changes at once; then round after round: drain, post, agree, commit
+
+Without overlap a round is received in the boundary that posts it; when every rank has it is agreed
+on beside the forward all the same, and it is committed at the next boundary.
+
+Any failure on the way ends the cycle with the present placement, and the next one begins.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from torch_eplb.comm.communicator import Planes, wait_for
+from torch_eplb.migration.progress import Migration
+from torch_eplb.planner.broadcast import decode_plan, encode_plan
+from torch_eplb.planner.messages import PlanReply
+from torch_eplb.planner.process import Planner
+from torch_eplb.policies.split import par
+from torch_eplb.routing.load import LoadCounters, SampleWindow, split_samples
+from torch_eplb.runtime.config import Config
+from torch_eplb.values.errors import EPLBError
+from torch_eplb.values.placement import Placement
+from torch_eplb.values.plan import Plan
+from torch_eplb.values.rounds import Round
+
+__all__ = ["RebalanceCycle", "Stage"]
+
+logger = logging.getLogger("torch_eplb")
+
+# Progress that ranks report, in the order of a cycle; round k is done at _ROUNDS + k + 1.
+_SAMPLED, _HAVE_PLAN, _ROUNDS = 1, 2, 2
+# What rank 0 says about the plan; others say _UNKNOWN, which the minimum ignores.
+_UNKNOWN, _NO_PLAN, _NOTHING_RECORDED = 2**62, -1, -2
+_OK, _CHECKSUM_FAULT, _PLAN_FAULT = 0, 1, 2
+# Rounds of a new plan that a rank checks at one boundary: two milliseconds for a large model.
+_CHECKED_AT_ONCE = 8
+
+
+class Stage(enum.Enum):
+    """What a cycle is doing."""
+
+    COLLECT = "collecting load"
+    SAMPLE = "waiting for every rank's samples"
+    PLAN = "waiting for the plan"
+    RECEIVE = "waiting for every rank to have the plan"
+    WAIT = "waiting for plan_interval to pass"
+    MIGRATE = "moving experts"
+
+
+class RebalanceCycle:
+    """Drives collection, planning and migration.
+
+    Attributes:
+        stage: the same on all ranks, or they would wait for each other until the time limit.
+        par_measured, par_predicted: float ``[layers]``; see `torch_eplb.Stats`.
+        rebalances, plans_failed, abandoned, plan_seconds: see `torch_eplb.Stats`.
+        stalled: why nothing has progressed for long, or None.
+        disabled: why balancing is off for good, or None.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        planes: Planes,
+        counters: LoadCounters,
+        migration: Migration,
+        planner: Planner | None,
+        write_map: Callable[[Placement], None] | None = None,
+    ) -> None:
+        self._config = config
+        self._planes = planes
+        self._migration = migration
+        self._planner = planner
+        self._write_map = write_map
+        self._window = SampleWindow(counters, config.collect_interval)
+        self._num_experts = counters.num_experts
+        num_layers = counters.values.shape[0]
+        self.par_measured: NDArray[np.float64] = np.full(num_layers, np.nan)
+        self.par_predicted: NDArray[np.float64] = np.full(num_layers, np.nan)
+        self.rebalances = 0
+        self.plans_failed = 0
+        self.abandoned = 0
+        self.plan_seconds = 0.0
+        self.stalled: str | None = None
+        self.disabled: str | None = None
+        self._stall_limit = max(1000, 10 * (config.plan_interval + 1))
+        self._cycle = 0
+        self._draining = False
+        self._may_post = True  # whether the next round is posted at this boundary
+        self._begin(0)
+
+    # ---- the boundary -------------------------------------------------------------------------
+
+    def boundary(self, step: int, together: bool = True) -> None:
+        """Do what is due before forward number ``step`` (counted from 0).
+
+        Waits for nothing that was not under way for a whole forward; but without overlap, when a
+        round is due, until it is received.
+
+        Args:
+            step: the forward to come.
+            together: False where other ranks may still be in an earlier forward, which ended early
+                on this rank. Then a round that is received between two forwards (``overlap=False``)
+                is put off: it would wait for ranks that wait for this one.
+
+        Raises:
+            PeerLostError: a rank died or was silent for ``timeout`` seconds.
+            EPLBError: ranks have made different numbers of forwards.
+        """
+        if self.disabled is not None:
+            return
+        self._may_post = together or self._config.overlap
+        if self.stage is Stage.COLLECT:
+            since = step - self._stage_start
+            self._window.step(since)
+            if since < self._config.collect_interval:
+                return
+            self._window.finish(since)
+            self._window_end = step
+            self._enter(Stage.SAMPLE, step)
+        elif self.stage is Stage.WAIT:
+            self._apply_when_due(step)
+        else:
+            self._act(self._agreed(), step)
+        idle = not (self._migration.in_flight or self._migration.done)
+        if self.stage is Stage.MIGRATE and idle and self._may_post:
+            self._migration.post_round()
+            if not self._config.overlap:
+                self._migration.wait()
+        self._advance()
+        if self.stage in (Stage.SAMPLE, Stage.PLAN, Stage.RECEIVE) or self._migration.in_flight:
+            self._post_agreement(step)
+        # Last, because the threads that carry it would take the core from what is still to do here.
+        self._migration.start_round()
+        self._watch_for_stall(step)
+
+    def drain(self, step: int) -> None:
+        """Bring a round in flight to its end and give up the rest of the cycle.
+
+        Collective: every rank calls it at the same boundary. Afterwards all slots are live and
+        nothing reads or writes weights until the next migration.
+
+        Raises:
+            PeerLostError: as `boundary`.
+        """
+        self._draining, self._may_post = True, False
+        try:
+            if self._migration.in_flight:
+                self._act(self._agreed(), step)
+            while self._migration.in_flight or self._migration.must_repair:
+                if not self._migration.in_flight:
+                    self._migration.post_round()
+                self._end_in_this_step(step)
+        finally:
+            self._draining = False
+        if self.disabled is None and self.stage is not Stage.COLLECT:
+            self._begin(step)
+
+    def carry_out(self, plan: Plan, rounds: Sequence[Round], step: int) -> None:
+        """Run all rounds of a plan that is not the planner's, now, and start collecting anew.
+
+        Collective: every rank calls it at the same boundary, after `drain`, with the same plan.
+
+        Raises:
+            PeerLostError: as `boundary`.
+        """
+        if self.disabled is not None:
+            return
+        self._begin(step)
+        self._enter(Stage.MIGRATE, step)
+        self._may_post = True
+        self._migration.begin(plan, rounds)
+        if self._migration.done:
+            self._end(step)
+        while self.stage is Stage.MIGRATE and self.disabled is None:
+            self._migration.post_round()
+            self._end_in_this_step(step)
+
+    def _end_in_this_step(self, step: int) -> None:
+        """Wait for the round in flight, on all ranks."""
+        self._migration.wait()
+        self._advance()
+        self._post_agreement(step)
+        self._act(self._agreed(), step)
+
+    def _begin(self, step: int) -> None:
+        """Start collecting."""
+        self._enter(Stage.COLLECT, step)
+        self._cycle += 1
+        self._progress = 0
+        self._plan_words = _UNKNOWN
+        self._fault = _OK
+        self._agreement: tuple[torch.Tensor, dist.Work | None] | None = None
+        self._work: dist.Work | None = None
+        self._buffer: torch.Tensor | None = None
+        self._words: NDArray[np.int64] | None = None
+        self._submitted = False
+        self._reply: PlanReply | None = None
+        self._unchecked: Iterator[object] = iter(())
+        self._window.start()
+
+    def _enter(self, stage: Stage, step: int) -> None:
+        self.stage = stage
+        self._stage_start = step
+        self.stalled = None
+
+    def _watch_for_stall(self, step: int) -> None:
+        """Say so, once, when a stage that others must end takes very long."""
+        waited = step - self._stage_start
+        if self.stage in (Stage.COLLECT, Stage.WAIT) or waited != self._stall_limit:
+            return
+        self.stalled = f"{self.stage.value} for {waited} steps"
+        if self.stage is Stage.MIGRATE:
+            self.stalled += f" (round {self._migration.round} of {len(self._migration.rounds)})"
+        logger.warning("rank %d: balancing makes no progress: %s", self._planes.rank, self.stalled)
+
+    # ---- agreement ----------------------------------------------------------------------------
+
+    def _post_agreement(self, step: int) -> None:
+        """Start telling the others what this rank has; read at the next boundary."""
+        values = torch.tensor([self._progress, self._plan_words, -self._fault, step, -step])
+        work = dist.all_reduce(
+            values, op=dist.ReduceOp.MIN, group=self._planes.control, async_op=True
+        )
+        self._agreement = (values, work)
+
+    def _agreed(self) -> _Agreed:
+        """The minimum over all ranks of what was posted at the last boundary."""
+        if self._agreement is None:
+            return _Agreed(0, _UNKNOWN, _OK)
+        values, work = self._agreement
+        self._agreement = None
+        wait_for(work, self._planes, "the agreement between ranks")
+        progress, plan_words, minus_fault, least, minus_most = values.tolist()
+        if least != -minus_most:
+            raise EPLBError(
+                f"ranks have made different numbers of forwards ({least} to {-minus_most}); every "
+                "rank must make every forward of a balanced model (with an empty batch if need be)"
+            )
+        return _Agreed(progress, plan_words, -minus_fault)
+
+    def _act(self, agreed: _Agreed, step: int) -> None:
+        """What all ranks now know: go on together."""
+        if self.stage is Stage.SAMPLE and agreed.progress >= _SAMPLED:
+            self._buffer = self._window.samples()
+            self._work = dist.all_reduce(self._buffer, group=self._planes.control, async_op=True)
+            self._enter(Stage.PLAN, step)
+        elif self.stage is Stage.PLAN and agreed.plan_words != _UNKNOWN:
+            self._receive_plan(agreed.plan_words, step)
+        elif self.stage is Stage.RECEIVE and agreed.progress >= _HAVE_PLAN:
+            if agreed.fault:
+                self.plans_failed += 1
+                self._begin(step)
+            else:
+                self._enter(Stage.WAIT, step)
+                self._apply_when_due(step)
+        elif self.stage is Stage.MIGRATE and agreed.progress > _ROUNDS + self._migration.round:
+            self._end_round(agreed.fault, step)
+
+    def _arrived(self) -> bool:
+        """Whether the collective in ``_work`` has finished; raises if it failed."""
+        if self._work is None or self._planes.fake or self._work.is_completed():
+            wait_for(self._work, self._planes, self.stage.value)
+            self._work = None
+            return True
+        return False
+
+    def _advance(self) -> None:
+        """This rank's own progress since the last boundary."""
+        if self.stage is Stage.SAMPLE:
+            if self._window.ready():
+                self._progress = _SAMPLED
+        elif self.stage is Stage.PLAN:
+            self._advance_plan()
+        elif self.stage is Stage.RECEIVE:
+            if self._progress < _HAVE_PLAN and self._arrived():
+                self._read_plan()
+        elif self._migration.in_flight and self._progress <= _ROUNDS + self._migration.round:
+            if self._migration.finished():
+                self._fault = _OK if self._migration.verified() else _CHECKSUM_FAULT
+                self._progress = _ROUNDS + self._migration.round + 1
+
+    # ---- planning -----------------------------------------------------------------------------
+
+    def _advance_plan(self) -> None:
+        if not self._submitted:
+            if not self._arrived():
+                return
+            self._submitted = True
+            self._submit()
+        if self._planner is None or self._plan_words != _UNKNOWN:
+            return
+        answer = self._planner.poll()
+        if answer is None or answer.request_id not in (self._cycle, None):
+            return  # nothing yet, or an answer to a cycle that was given up
+        if isinstance(answer, PlanReply):
+            self._words = encode_plan(answer)
+            self._plan_words = len(self._words)
+        else:
+            logger.warning("no new plan: %s; serving goes on as it is", answer.cause)
+            self._plan_words = _NO_PLAN
+
+    def _submit(self) -> None:
+        """Every rank measures PAR from the summed load; rank 0 asks its planner."""
+        assert self._buffer is not None
+        load, rank_load = split_samples(self._buffer, self._num_experts)
+        if self._config.dispatch == "all_reduce":
+            # Every rank counted the same tokens.
+            load, rank_load = load // self._planes.num_ranks, rank_load // self._planes.num_ranks
+        recorded = load.sum(axis=(1, 2)) > 0
+        if not recorded.any():
+            self._plan_words = _NOTHING_RECORDED
+            return
+        self.par_measured = par(rank_load[recorded]).mean(axis=0)
+        if self._planner is not None:
+            self._planner.submit(self._cycle, load[recorded], self._migration.placement)
+
+    def _receive_plan(self, num_words: int, step: int) -> None:
+        """All ranks know that there is a plan, and how long it is; or that there is none."""
+        if num_words < 0:
+            self.plans_failed += num_words == _NO_PLAN
+            self._begin(step)
+            return
+        self._buffer = torch.zeros(num_words, dtype=torch.int64)
+        if self._words is not None:
+            self._buffer.copy_(torch.from_numpy(self._words))
+        source = self._planes.global_ranks[0]
+        self._work = dist.broadcast(self._buffer, source, group=self._planes.control, async_op=True)
+        self._enter(Stage.RECEIVE, step)
+
+    def _read_plan(self) -> None:
+        """Read the plan that has arrived, some of its rounds at each boundary."""
+        assert self._buffer is not None
+        try:
+            if self._reply is None:
+                self._reply, self._unchecked = decode_plan(
+                    self._buffer.numpy(), self._migration.placement
+                )
+            if sum(1 for _ in islice(self._unchecked, _CHECKED_AT_ONCE)) == _CHECKED_AT_ONCE:
+                return
+        except ValueError as error:
+            reason = str(error)  # a log record with the error itself would keep the model alive
+            logger.error("rank %d cannot use the plan it got: %s", self._planes.rank, reason)
+            self._fault = _PLAN_FAULT
+        else:
+            self.plan_seconds += self._reply.plan_seconds
+        self._progress = _HAVE_PLAN
+
+    # ---- migration ----------------------------------------------------------------------------
+
+    def _apply_when_due(self, step: int) -> None:
+        if step < self._window_end + self._config.plan_interval:
+            return
+        assert self._reply is not None
+        plan, schedule = self._reply.plan, self._reply.schedule
+        self.par_predicted = plan.predicted_par
+        if self._config.record_map_path is not None:
+            if self._write_map is not None:
+                self._write_map(schedule.target)
+            self._begin(step)
+            return
+        self._enter(Stage.MIGRATE, step)
+        self._migration.begin(plan, schedule.rounds)
+        if self._migration.done:
+            self._end(step)
+
+    def _end_round(self, fault: int, step: int) -> None:
+        """Every rank has finished the round: commit it, or, where one doubts it, drop it."""
+        migration = self._migration
+        self._enter(Stage.MIGRATE, step)
+        if fault:
+            self._abandon()
+            if self.disabled is None and not migration.must_repair:
+                self._begin(step)
+            return
+        migration.commit(post_next=self._may_post)
+        if migration.done or self._draining:
+            self._end(step)
+
+    def _abandon(self) -> None:
+        """Some rank received what its peer did not send."""
+        migration = self._migration
+        if migration.repairing:
+            self.disabled = "received experts failed their checksums twice in a row"
+            logger.error("balancing is off: %s; serving goes on", self.disabled)
+            migration.give_up()
+            return
+        self.abandoned += 1
+        logger.warning(
+            "round %d failed its checksums; the rebalance is abandoned, serving goes on",
+            migration.round,
+        )
+        migration.abandon()
+        self._fault, self._progress = _OK, _ROUNDS + migration.round
+
+    def _end(self, step: int) -> None:
+        migration = self._migration
+        if self._reply is not None and not migration.repairing:
+            self.rebalances += 1
+            if self._planes.rank == 0:
+                rounds = migration.rounds[: migration.round]
+                logger.info(
+                    "rebalance %d at step %d: PAR %.3f measured, %.3f predicted; %d experts moved "
+                    "in %d rounds; planned in %.0f ms",
+                    self.rebalances,
+                    step,
+                    float(np.nanmean(self.par_measured)),
+                    float(np.nanmean(self.par_predicted)),
+                    sum(map(len, rounds)),
+                    len(rounds),
+                    1e3 * self._reply.plan_seconds,
+                )
+        self._begin(step)
+
+
+@dataclass(frozen=True)
+class _Agreed:
+    """The minimum over ranks of what each of them has."""
+
+    progress: int
+    plan_words: int
+    fault: int

@@ -1,0 +1,247 @@
+"""Everything that `wrap` checks and prepares before it changes the model.
+
+The model is touched only after every rank has found its arguments, its model and the others' the
+same; a rank that finds an error tells the others, so that all of them raise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import weakref
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from torch_eplb.comm.communicator import Planes, device_of
+from torch_eplb.files.expert_map import read_expert_map
+from torch_eplb.layers.experts import ExpertLayer, find_layers
+from torch_eplb.runtime.config import Config
+from torch_eplb.values.placement import Placement
+from torch_eplb.values.plan import Topology
+from torch_eplb.version import __version__
+
+__all__ = ["Setup", "prepare"]
+
+# Experts modules that are wrapped now; weak, so that it keeps no model alive.
+_wrapped: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@dataclass
+class Setup:
+    """A model that is ready to be wrapped."""
+
+    model: nn.Module
+    config: Config
+    planes: Planes
+    layers: list[ExpertLayer]
+    placement: Placement
+    topology: Topology
+    staging_bytes: int
+    already_sharded: bool
+
+
+@dataclass
+class _Inspected:
+    """What a rank finds out by itself."""
+
+    config: Config
+    layers: list[ExpertLayer]
+    device: torch.device
+    placement: Placement
+    topology: Topology
+    staging_bytes: int
+    already_sharded: bool
+
+
+def prepare(
+    model: nn.Module, process_group: dist.ProcessGroup | None, kwargs: dict[str, Any]
+) -> Setup:
+    """Check arguments and model on all ranks and make the process groups.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised.
+        ValueError, TypeError: see `torch_eplb.wrap`.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            "torch.distributed is not initialised: call torch.distributed.init_process_group "
+            "before torch_eplb.wrap"
+        )
+    group = process_group if process_group is not None else dist.group.WORLD
+    if group is None or group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("process_group: this rank is not a member of the group it passed")
+    inspected: _Inspected | None = None
+    error: Exception | None = None
+    try:
+        inspected = _inspect(model, group, kwargs)
+    except Exception as found:  # whatever it is, the other ranks must hear of it
+        error = found
+    timeout = inspected.config.timeout if inspected else Config().timeout
+    planes = Planes(group, inspected.device if inspected else torch.device("cpu"), timeout)
+    try:
+        planes.agree(_describe(model, inspected) if inspected else None, error)
+        assert inspected is not None
+        planes.open_data_plane(inspected.config)
+    except BaseException:
+        planes.close()
+        raise
+    values = {f.name: getattr(inspected, f.name) for f in dataclasses.fields(_Inspected)}
+    del values["device"]
+    _wrapped.update(layer.module for layer in inspected.layers)
+    return Setup(model=model, planes=planes, **values)
+
+
+def release(layers: list[ExpertLayer]) -> None:
+    """The layers are unwrapped: they may be wrapped again."""
+    for layer in layers:
+        _wrapped.discard(layer.module)
+
+
+def _inspect(model: nn.Module, group: dist.ProcessGroup, kwargs: dict[str, Any]) -> _Inspected:
+    num_ranks = dist.get_world_size(group)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    known = {f.name for f in dataclasses.fields(Config)}
+    unknown = sorted(set(kwargs) - known)
+    if unknown:
+        raise TypeError(
+            f"torch_eplb.wrap has no argument {', '.join(unknown)}; "
+            f"it has {', '.join(sorted(known))}"
+        )
+    config = Config(**kwargs)
+    layers = find_layers(model)
+    if any(layer.module in _wrapped for layer in layers):
+        raise ValueError(
+            "the model is wrapped already; call unwrap() on the first wrapper before wrapping again"
+        )
+    experts = layers[0].num_experts
+    num_slots = _num_slots(experts, config.num_redundant_experts, num_ranks)
+    already_sharded = _check_shards(layers, num_slots, config.dispatch)
+    device = layers[0].tensors()[0].device
+    for layer in layers:
+        if layer.spec.expert_weights is None and config.dispatch != "external":
+            raise ValueError(
+                f"layer {layer.name}: its forward takes no expert weights, so only "
+                'dispatch="external" can balance it'
+            )
+        for name, tensor in zip(layer.tensor_names, layer.tensors(), strict=True):
+            if tensor.device != device:
+                raise ValueError(
+                    f"experts must be on one device, but {layer.name}.{name} is on "
+                    f"{tensor.device} and the first on {device}"
+                )
+    return _Inspected(
+        config=config,
+        layers=layers,
+        # A model on the meta device will be loaded onto the device that the group serves.
+        device=device_of(group) if device.type == "meta" else device,
+        placement=_initial_placement(config, len(layers), experts, num_ranks, num_slots),
+        topology=_topology(config, experts, num_ranks),
+        staging_bytes=_staging_bytes(config, layers),
+        already_sharded=already_sharded,
+    )
+
+
+def _num_slots(experts: int, redundant: int, num_ranks: int) -> int:
+    """Slots per rank."""
+    if (experts + redundant) % num_ranks:
+        least = -experts % num_ranks
+        good = [least + i * num_ranks for i in range(3)]
+        raise ValueError(
+            f"num_redundant_experts={redundant}: {experts} experts + {redundant} do not divide "
+            f"evenly over {num_ranks} ranks; use {', '.join(map(str, good))}, ..."
+        )
+    if redundant > experts * (num_ranks - 1):
+        raise ValueError(
+            f"num_redundant_experts={redundant}: with {experts * (num_ranks - 1)} every one of "
+            f"{num_ranks} ranks holds all {experts} experts; more cannot be used"
+        )
+    return (experts + redundant) // num_ranks
+
+
+def _check_shards(layers: list[ExpertLayer], num_slots: int, dispatch: str) -> bool:
+    """Whether the layers' tensors are sharded already."""
+    sharded = set()
+    for layer in layers:
+        for name, tensor in zip(layer.tensor_names, layer.tensors(), strict=True):
+            size = tensor.shape[0] if tensor.dim() else 0
+            if size not in (layer.num_experts, num_slots):
+                raise ValueError(
+                    f"layer {layer.name}: {name} has {size} entries on dim 0; expected "
+                    f"{layer.num_experts} (all experts) or {num_slots} (this rank's slots)"
+                )
+            sharded.add(size != layer.num_experts)
+    if len(sharded) > 1:
+        raise ValueError("some of the model's expert tensors are sharded and others are not")
+    if sharded == {True} and dispatch != "external":
+        raise ValueError(
+            f"the experts of layer {layers[0].name} are sharded already, and dispatch={dispatch!r} "
+            'shards them itself: pass the full model, or use dispatch="external" if the layer '
+            "dispatches by itself"
+        )
+    return sharded == {True}
+
+
+def _initial_placement(
+    config: Config, num_layers: int, experts: int, num_ranks: int, num_slots: int
+) -> Placement:
+    if config.expert_map is None:
+        return Placement.initial(num_layers, experts, num_ranks, num_slots)
+    return read_expert_map(
+        config.expert_map,
+        num_layers=num_layers,
+        num_experts=experts,
+        num_ranks=num_ranks,
+        num_slots=num_slots,
+    )
+
+
+def _topology(config: Config, experts: int, num_ranks: int) -> Topology:
+    num_nodes = config.num_nodes
+    if num_nodes is None:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
+        whole_world = num_ranks == dist.get_world_size()
+        num_nodes = num_ranks // local if whole_world and num_ranks % local == 0 else 1
+    if num_ranks % num_nodes:
+        raise ValueError(f"num_nodes={num_nodes} does not divide the {num_ranks} ranks")
+    if experts % config.num_expert_groups:
+        raise ValueError(
+            f"num_expert_groups={config.num_expert_groups} does not divide the {experts} experts"
+        )
+    return Topology(num_ranks, num_nodes, config.num_expert_groups)
+
+
+def _staging_bytes(config: Config, layers: list[ExpertLayer]) -> int:
+    least = max(layer.expert_bytes for layer in layers)
+    if config.staging_bytes is None:
+        return least
+    assert isinstance(config.staging_bytes, int)
+    if config.staging_bytes < least:
+        raise ValueError(
+            f"staging_bytes={config.staging_bytes} is less than one expert of the largest layer; "
+            f"it must be at least {least}"
+        )
+    return config.staging_bytes
+
+
+def _describe(model: nn.Module, inspected: _Inspected) -> dict[str, str]:
+    """What must be the same on all ranks, as text."""
+    description = {
+        **inspected.config.fingerprint(),
+        "torch version": torch.__version__,
+        "torch_eplb version": __version__,
+        "model": type(model).__qualname__,
+        "device type": inspected.device.type,
+        "has weights": str(not inspected.layers[0].tensors()[0].is_meta),
+        "number of MoE layers": str(len(inspected.layers)),
+        "placement": f"crc32 {zlib.crc32(inspected.placement.experts.tobytes()):08x}",
+        "topology": repr(inspected.topology),
+    }
+    for layer in inspected.layers:
+        description[f"layer {layer.name}"] = f"{layer.num_experts} experts, {layer.layout()}"
+    return description

@@ -1,0 +1,309 @@
+"""`load_pretrained`: a safetensors checkpoint into a wrapped model, this rank's slots only.
+
+names   which of the checkpoint's tensors fill which part of which of the model's tensors, for
+        all experts, so that what is missing or unknown is found before anything is written
+plan    of these, what this rank's slots need; shapes and dtypes compared
+read    file after file, straight into live tensors
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torch_eplb.files.paths import PathLike
+from torch_eplb.state.full import ExpertTensor, expert_tensors
+from torch_eplb.state.materialize import materialize
+from torch_eplb.state.safetensor_files import Checkpoint, Reading
+from torch_eplb.state.weight_names import NameRule, usual_names
+from torch_eplb.values.errors import EPLBError
+
+if TYPE_CHECKING:
+    from torch_eplb.balancer import ExpertLoadBalancer
+
+__all__ = ["load_pretrained"]
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_CONVERTIBLE = {"F64", "F32", "F16", "BF16"}
+
+
+def load_pretrained(
+    model: ExpertLoadBalancer,
+    folder: PathLike,
+    *,
+    names: NameRule | None = None,
+    strict: bool = True,
+) -> None:
+    """Load a folder of safetensors into a wrapped model; of the experts, this rank's slots only.
+
+    A model on the meta device gets its memory here, on the device that the group's backend
+    serves, so that no rank ever holds more than its share:
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        model = torch_eplb.wrap(model, num_redundant_experts=16)
+        torch_eplb.load_pretrained(model, folder)
+
+    Peak host memory is that share (on the host) plus 16 MiB of mapped files, or the largest single
+    tensor read, where that is more. A model that has its weights is overwritten in place, every
+    replica, after a round of transfers in flight has been brought to its end.
+
+    Collective. Missing and unknown keys, shapes and dtypes are compared on all ranks before
+    anything is written. Values are converted between floating dtypes of 16 bits and more.
+
+    Args:
+        model: the wrapped model.
+        folder: has ``model.safetensors``, or ``model.safetensors.index.json`` and the files that it
+            names.
+        names: how the checkpoint calls its tensors, ``names(key, expert)``, where it calls them
+            neither as the model does nor as usual (`torch_eplb.state.weight_names`).
+        strict: refuse tensors of the checkpoint that the model does not have. Missing ones are
+            always refused.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        OSError: the folder or a file is missing or unreadable.
+        ValueError: no checkpoint in the folder, or a malformed one.
+        RuntimeError: keys, shapes or dtypes do not fit, or a buffer cannot be computed. Or,
+            found only when the model is written already: tied tensors have different values.
+        PeerLostError: a rank did not come within ``timeout``.
+    """
+    balancer = model
+    # First, because which slots are to be read is settled only when nothing moves any more.
+    balancer._drain()
+    items: list[Reading] = []
+    checkpoint, error = None, None
+    try:
+        checkpoint = Checkpoint(folder)
+        items = _plan(balancer, checkpoint, names, strict)
+    except (ImportError, OSError, ValueError, RuntimeError) as found:
+        if isinstance(found, EPLBError):
+            raise
+        error = found
+    _agree(balancer, error)
+    assert checkpoint is not None
+    materialize(balancer.module, balancer._planes.device)
+    tensors = _tensors(balancer)
+    written: dict[int, str] = {}
+    again = []
+    with torch.no_grad():
+        for item, value in checkpoint.read(items):
+            target = tensors[item.key].detach()
+            if item.slot is not None:
+                target = target[item.slot]
+                value = value[0] if item.fused else value
+            elif written.setdefault(id(tensors[item.key]), item.key) != item.key:
+                again.append(item)
+                continue
+            if item.rows is not None:
+                target = target[item.rows]
+            target.copy_(value)
+        for item, value in checkpoint.read(again):
+            target = tensors[item.key].detach()
+            part = target if item.rows is None else target[item.rows]
+            if not torch.equal(part, value.to(part)):
+                raise RuntimeError(
+                    f"{written[id(tensors[item.key])]} and {item.key} are one tensor in the model, "
+                    "and the checkpoint has different values for them; build the model with the "
+                    "two untied (transformers: tie_word_embeddings=False)"
+                )
+
+
+def _tensors(balancer: ExpertLoadBalancer) -> dict[str, torch.Tensor]:
+    """The model's own tensors in this rank's memory, by key."""
+    state = balancer.module.state_dict(keep_vars=True)
+    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def _plan(
+    balancer: ExpertLoadBalancer, checkpoint: Checkpoint, names: NameRule | None, strict: bool
+) -> list[Reading]:
+    """What this rank has to read.
+
+    Raises:
+        RuntimeError: keys, shapes or dtypes do not fit.
+    """
+    tensors = _tensors(balancer)
+    sources, missing = _find_sources(balancer, tensors, checkpoint, names)
+    tie: Any = getattr(balancer.module, "tie_weights", None)
+    if missing and callable(tie):
+        # On the meta device a model may not have tied them yet.
+        tie()
+        tensors = _tensors(balancer)
+        sources, missing = _find_sources(balancer, tensors, checkpoint, names)
+    problems = [f"missing: {text}" for text in missing]
+    problems += _unsaved_experts(balancer, tensors)
+    if strict:
+        used = {
+            name for by_expert in sources.values() for row in by_expert.values() for name in row
+        }
+        ignored = getattr(balancer.module, "_keys_to_ignore_on_load_unexpected", None) or ()
+        problems += [
+            f"unknown: {name}"
+            for name in checkpoint.files
+            if name not in used and not any(re.search(pattern, name) for pattern in ignored)
+        ]
+    _refuse(balancer, problems)
+    experts = expert_tensors(balancer, tensors)
+    items: list[Reading] = []
+    wanted: list[tuple[str, int | None, int | None]] = []
+    rank = balancer._planes.rank
+    for key in sources:
+        if key in experts:
+            held = balancer._migration.experts[experts[key].layer, rank].tolist()
+            wanted += [(key, slot, expert) for slot, expert in enumerate(held)]
+        else:
+            wanted.append((key, None, None))
+    shapes = checkpoint.describe(
+        {name for key, _, expert in wanted for name in sources[key][expert]}
+    )
+    for key, slot, expert in wanted:
+        problems += _add_items(
+            items, key, slot, expert, sources[key][expert], tensors[key], experts.get(key), shapes
+        )
+    _refuse(balancer, list(dict.fromkeys(problems)))
+    return items
+
+
+def _find_sources(
+    balancer: ExpertLoadBalancer,
+    tensors: Mapping[str, torch.Tensor],
+    checkpoint: Checkpoint,
+    names: NameRule | None,
+) -> tuple[dict[str, dict[int | None, list[str]]], list[str]]:
+    """By the model's key and the expert (None without), the checkpoint's names; what is missing."""
+    experts = expert_tensors(balancer, tensors)
+    sources: dict[str, dict[int | None, list[str]]] = {}
+    missing: dict[str, str] = {}
+    for key in tensors:
+        split = key in experts and not _transposed(balancer, experts[key])
+        ids = range(experts[key].num_experts) if key in experts else [None]
+        found: dict[int | None, list[str]] = {}
+        for expert in ids:
+            row = _first_held(key, expert, split, checkpoint, names)
+            if row is None:
+                tried = [list(r) for r in usual_names(key, expert if split else None)]
+                missing[key] = f"{key}" + (f", expert {expert}" if expert is not None else "")
+                if tried:
+                    missing[key] += f" (nor {' + '.join(tried[0])})"
+                break
+            found[expert] = row
+        else:
+            sources[key] = found
+    # A tensor of several keys needs one of them.
+    held = {id(tensors[key]) for key in sources}
+    return sources, [text for key, text in missing.items() if id(tensors[key]) not in held]
+
+
+def _first_held(
+    key: str, expert: int | None, split: bool, checkpoint: Checkpoint, names: NameRule | None
+) -> list[str] | None:
+    if names is not None:
+        chosen = names(key, expert)
+        if chosen is not None:
+            return list(chosen) if all(name in checkpoint.files for name in chosen) else None
+    if key in checkpoint.files:
+        return [key]
+    for row in usual_names(key, expert if split else None):
+        if all(name in checkpoint.files for name in row):
+            return list(row)
+    return None
+
+
+def _transposed(balancer: ExpertLoadBalancer, tensor: ExpertTensor) -> bool:
+    """Whether the module keeps its experts transposed, so that pieces do not stack on dim 0."""
+    return bool(getattr(balancer._layers[tensor.layer].module, "is_transposed", False))
+
+
+def _unsaved_experts(
+    balancer: ExpertLoadBalancer, tensors: Mapping[str, torch.Tensor]
+) -> list[str]:
+    saved = {id(tensor) for tensor in tensors.values()}
+    return [
+        f"{layer.name}.{name} is indexed by expert and on the meta device, but not part of the "
+        "state dict (persistent=False): it cannot be loaded"
+        for layer in balancer._layers
+        for name, tensor in zip(layer.tensor_names, layer.tensors(), strict=True)
+        if tensor.is_meta and id(tensor) not in saved
+    ]
+
+
+def _add_items(
+    items: list[Reading],
+    key: str,
+    slot: int | None,
+    expert: int | None,
+    row: list[str],
+    tensor: torch.Tensor,
+    indexed: ExpertTensor | None,
+    shapes: Mapping[str, tuple[tuple[int, ...], str]],
+) -> list[str]:
+    """Add what fills ``key``, or a slot of it, and say what does not fit."""
+    problems = []
+    for name in row:
+        dtype, wanted = shapes[name][1], _DTYPES.get(tensor.dtype, str(tensor.dtype))
+        if dtype != wanted and not {dtype, wanted} <= _CONVERTIBLE:
+            problems.append(f"dtype: {name} has {dtype}, {key} needs {wanted}")
+    first = shapes[row[0]][0]
+    fused = len(row) == 1 and indexed is not None and first == tuple(indexed.full_shape)
+    target = tuple(tensor.shape if indexed is None else tensor.shape[1:])
+    if fused:
+        items.append(Reading(row[0], key, slot, expert=expert or 0, fused=True))
+        return problems
+    if len(row) == 1:
+        if first != target:
+            whole = tuple(indexed.full_shape) if indexed is not None else target
+            problems.append(f"shape: {row[0]} has {first}, {key} needs {whole}")
+        items.append(Reading(row[0], key, slot))
+        return problems
+    start = 0
+    for name in row:
+        shape = shapes[name][0]
+        if not target or shape[1:] != target[1:] or not shape:
+            problems.append(f"shape: {name} has {shape}, an expert of {key} needs {target}")
+            return problems
+        items.append(Reading(name, key, slot, slice(start, start + shape[0])))
+        start += shape[0]
+    if start != target[0]:
+        problems.append(f"shape: {' + '.join(row)} have {start} rows, {key} needs {target[0]}")
+    return problems
+
+
+def _refuse(balancer: ExpertLoadBalancer, problems: list[str]) -> None:
+    if not problems:
+        return
+    shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
+    raise RuntimeError(
+        f"the checkpoint does not fit {type(balancer.module).__name__}; nothing was loaded (tell "
+        "other names with names=, and let strict=False ignore unknown ones):\n\t"
+        + "\n\t".join(shown)
+    )
+
+
+def _agree(balancer: ExpertLoadBalancer, error: Exception | None) -> None:
+    """Raise this rank's error, or that another rank has one, before anything is written."""
+    planes = balancer._planes
+    everyone: list[Any] = []
+    if not (balancer._closed or balancer._failed):
+        everyone = planes.gather_json(error and str(error))
+    if error is not None:
+        raise error
+    failed = [f"rank {rank}: {text}" for rank, text in enumerate(everyone) if text]
+    if failed:
+        raise RuntimeError("the checkpoint cannot be loaded, because of " + "; ".join(failed))
