@@ -283,7 +283,7 @@ class Life(RuleBasedStateMachine):
         self.balancer.load_state_dict(fresh)
         assert not self.balancer._migration.in_flight
         # What this rank holds is the new model's, in every slot.
-        experts = self.balancer.placement.experts[:, self.balancer._planes.rank]
+        experts = self.balancer.placement.experts[:, self.balancer._comm.rank]
         for name, tensor in self.model.state_dict().items():
             layer = int(name.split(".")[1])
             index = torch.tensor(experts[layer]) if ".experts." in name else slice(None)
@@ -360,7 +360,7 @@ class Life(RuleBasedStateMachine):
         assert stats.planner_restarts == self.planner.restarts
         assert stats.staging_bytes_peak <= stats.staging_bytes
         in_flight = self.balancer._migration.in_flight
-        assert (self.balancer._planes.round_index is not None) == in_flight
+        assert (self.balancer._comm.round_index is not None) == in_flight
         if stats.disabled is not None:
             assert "checksums twice in a row" in stats.disabled
         elif not self.balancer._closed:

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from torch_eplb.comm.communicator import Planes
+from torch_eplb.comm.communicator import Communicator
 from torch_eplb.files.expert_map import write_expert_map
 from torch_eplb.layers.dispatch import BoundToRanks, Dispatch, make_dispatch
 from torch_eplb.layers.experts import ExpertLayer
@@ -37,11 +37,12 @@ from torch_eplb.migration.progress import Migration
 from torch_eplb.planner.process import Planner, PlannerSettings
 from torch_eplb.routing import LoadCounters, RoutingTables
 from torch_eplb.runtime import clock
-from torch_eplb.runtime.config import PHASES, Config
+from torch_eplb.runtime.config import Config
 from torch_eplb.runtime.cycle import RebalanceCycle
 from torch_eplb.runtime.prepare import Setup, prepare, release
 from torch_eplb.runtime.recording import StepRecorder
 from torch_eplb.state import full as checkpoint
+from torch_eplb.values.choices import PHASES
 from torch_eplb.values.errors import EPLBError
 from torch_eplb.values.metrics import Stats
 from torch_eplb.values.placement import Placement
@@ -109,40 +110,40 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
         super().__init__()
         self.module = setup.model
         self.config: Config = setup.config
-        self._planes: Planes = setup.planes
+        self._comm: Communicator = setup.comm
         self._layers: list[ExpertLayer] = setup.layers
-        config, planes, placement = setup.config, setup.planes, setup.placement
+        config, comm, placement = setup.config, setup.comm, setup.placement
         with torch.inference_mode(False):
             counters = LoadCounters(
-                placement.num_layers, placement.num_experts, planes.num_ranks, planes.device
+                placement.num_layers, placement.num_experts, comm.num_ranks, comm.device
             )
             assert config.replica_choice is not None
             tables = RoutingTables(
                 placement,
-                device=planes.device,
-                rank=planes.rank,
+                device=comm.device,
+                rank=comm.rank,
                 replica_choice=config.replica_choice,
-                max_replicas=min(planes.num_ranks, config.num_redundant_experts + 1),
+                max_replicas=min(comm.num_ranks, config.num_redundant_experts + 1),
                 topology=setup.topology,
                 prefer_local=config.dispatch != "all_reduce",
             )
         self._counters = counters
         self._tables = tables
         self._state = state = RoutingState(
-            planes, tables, counters, config.replica_choice, num_slots=placement.num_slots
+            comm, tables, counters, config.replica_choice, num_slots=placement.num_slots
         )
-        for layer, experts in zip(self._layers, placement.experts[:, planes.rank], strict=True):
+        for layer, experts in zip(self._layers, placement.experts[:, comm.rank], strict=True):
             if not setup.already_sharded:
                 layer.shard(experts.tolist())
-        exchange = Exchange(self._layers, planes, setup.staging_bytes, config.verify)
+        exchange = Exchange(self._layers, comm, setup.staging_bytes, config.verify)
         self._exchange = exchange
-        self._planner = _make_planner(setup) if planes.rank == 0 or planes.fake else None
-        self._migration = Migration(placement, tables, exchange, planes)
+        self._planner = _make_planner(setup) if comm.rank == 0 or comm.fake else None
+        self._migration = Migration(placement, tables, exchange, comm)
         self._cycle = RebalanceCycle(
-            config, planes, counters, self._migration, self._planner, self._map_writer()
+            config, comm, counters, self._migration, self._planner, self._map_writer()
         )
         self._recorder = (
-            StepRecorder(str(config.record_path), planes, counters, config.dispatch)
+            StepRecorder(str(config.record_path), comm, counters, config.dispatch)
             if config.record_path is not None
             else None
         )
@@ -167,7 +168,7 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
         self._on_meta = any(t.is_meta for layer in self._layers for t in layer.tensors())
         # A wrapper that is dropped without close() must leave nothing behind; the planner ends by
         # itself, the groups must be given back.
-        self._finalizer = weakref.finalize(self, planes.close)
+        self._finalizer = weakref.finalize(self, comm.close)
 
     # ---- the model's face ---------------------------------------------------------------------
 
@@ -210,7 +211,7 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
         return interrupted and self.config.dispatch != "external"
 
     def _boundary(self) -> None:
-        if _capturing(self._planes.device):
+        if _capturing(self._comm.device):
             return
         if self._on_meta:
             self._refuse_meta("run a forward")
@@ -230,7 +231,7 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
             self._pass_boundary()
 
     def _pass_boundary(self) -> None:
-        self._planes.check_process()
+        self._comm.check_process()
         # Where the last forward ended between two layers, others may wait in the second of them.
         together = not (self._forward_under_way and self._state.between_layers)
         start = time.perf_counter()
@@ -243,7 +244,7 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
             # Weights and routes are those of the last commit. Balancing ends here; the model can
             # still be saved, or go on if it can do without the lost rank.
             self._failure = str(error)
-            logger.error("rank %d: balancing ends: %s", self._planes.rank, self._failure)
+            logger.error("rank %d: balancing ends: %s", self._comm.rank, self._failure)
             raise
         finally:
             self._step += 1
@@ -347,7 +348,7 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
             raise ValueError(f"layer must be in 0..{len(self._layers) - 1}, got {layer}")
         if not 0 <= expert < self.placement.num_experts:
             raise ValueError(f"expert must be in 0..{self.placement.num_experts - 1}, got {expert}")
-        rank = self._planes.rank
+        rank = self._comm.rank
         here = (self._migration.experts[layer, rank] == expert) & self._migration.live[layer, rank]
         if not here.any():
             return {}
@@ -405,11 +406,11 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
             return
         for layer in self._layers:
             for name, tensor in zip(layer.tensor_names, layer.tensors(), strict=True):
-                if tensor.device != self._planes.device:
+                if tensor.device != self._comm.device:
                     raise RuntimeError(
                         f"cannot {action}: {layer.name}.{name} is on the {tensor.device} device. "
                         "A model that was wrapped on the meta device gets its weights from "
-                        f"torch_eplb.load_pretrained, on {self._planes.device}, which its process "
+                        f"torch_eplb.load_pretrained, on {self._comm.device}, which its process "
                         "group serves"
                     )
         self._on_meta = False
@@ -441,12 +442,12 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
         if self._closed:
             return
         try:
-            if not (self._failed or self._planes.forked):
+            if not (self._failed or self._comm.forked):
                 self._settle()
                 if self._recorder is not None:
                     self._recorder.boundary()
         except EPLBError as error:
-            logger.error("rank %d: closed with a peer lost: %s", self._planes.rank, str(error))
+            logger.error("rank %d: closed with a peer lost: %s", self._comm.rank, str(error))
         finally:
             self._release()
 
@@ -458,7 +459,7 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
             hook.remove()
         if self._planner is not None:
             self._planner.close()
-        if self._recorder is not None and not self._planes.forked:
+        if self._recorder is not None and not self._comm.forked:
             with contextlib.suppress(EPLBError):
                 self._recorder.close()
         self._finalizer()
@@ -476,14 +477,12 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
         """
         if not self._unwrapped:
             self._refuse_meta("unwrap")
-            self._planes.check_process()
+            self._comm.check_process()
             if not self._closed:
                 self._settle()
             for index, layer in enumerate(self._layers):
                 experts = self._migration.experts[index]
-                layer.restore(
-                    gather_layer(layer, experts, self._migration.live[index], self._planes)
-                )
+                layer.restore(gather_layer(layer, experts, self._migration.live[index], self._comm))
             for dispatch in self._dispatches:
                 dispatch.remove()
             self._unwrapped = True
@@ -503,7 +502,7 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
 
     def _map_writer(self) -> Any:
         path = self.config.record_map_path
-        if path is None or self._planes.rank != 0:
+        if path is None or self._comm.rank != 0:
             return None
         return lambda placement: write_expert_map(os.fspath(path), placement)
 

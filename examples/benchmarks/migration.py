@@ -41,7 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import torch_eplb
-from torch_eplb.comm.communicator import Planes
+from torch_eplb.comm.communicator import Communicator
 from torch_eplb.layers.experts import find_layers
 from torch_eplb.migration.exchange import Exchange
 from torch_eplb.runtime.config import Config
@@ -143,14 +143,14 @@ def measure_memory(device: torch.device, experts: int, direct: bool, times: int)
     full = [[tensor.clone() for tensor in layer.tensors()] for layer in layers]
     expert_bytes = layers[0].expert_bytes
     assert dist.group.WORLD is not None
-    planes = Planes(dist.group.WORLD, device, 60.0)
-    planes.open_data_plane(Config())
+    comm = Communicator(dist.group.WORLD, device, 60.0)
+    comm.open_data_plane(Config())
     placement = Placement.initial(LAYERS, EXPERTS, RANKS, SLOTS)
-    for layer, held in zip(layers, placement.experts[:, planes.rank], strict=True):
+    for layer, held in zip(layers, placement.experts[:, comm.rank], strict=True):
         layer.shard(held.tolist())
     budget = experts * expert_bytes
     with AllocationObserver() as observer:
-        exchange = Exchange(layers, planes, budget, verify=False)
+        exchange = Exchange(layers, comm, budget, verify=False)
     least = 0
     generator = np.random.default_rng(experts)
     for _ in range(times):
@@ -167,7 +167,7 @@ def measure_memory(device: torch.device, experts: int, direct: bool, times: int)
             with observer:
                 exchange.commit()
         placement = schedule.target
-    for layer, originals, held in zip(layers, full, placement.experts[:, planes.rank], strict=True):
+    for layer, originals, held in zip(layers, full, placement.experts[:, comm.rank], strict=True):
         for tensor, original in zip(layer.tensors(), originals, strict=True):
             if not torch.equal(tensor, original[held.tolist()]):
                 raise RuntimeError(f"{layer.name} does not hold its experts")
@@ -175,7 +175,7 @@ def measure_memory(device: torch.device, experts: int, direct: bool, times: int)
     dist.all_reduce(totals)
     worst = torch.tensor([observer.peak], device=device)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    planes.close()
+    comm.close()
     return Memory(experts, direct, int(worst), budget, int(totals), least)
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from support.ranks import run_ranks
 from torch import nn
 
-from torch_eplb.comm.communicator import Planes
+from torch_eplb.comm.communicator import Communicator
 from torch_eplb.layers.experts import ExpertLayer, byte_view, find_layers
 from torch_eplb.migration.exchange import Exchange, checksum
 from torch_eplb.migration.progress import Migration
@@ -54,14 +54,14 @@ class World:
         self.layers: list[ExpertLayer] = find_layers(model)
         self.originals = [[t.clone() for t in layer.tensors()] for layer in self.layers]
         assert dist.group.WORLD is not None
-        self.planes = Planes(dist.group.WORLD, torch.device("cpu"), 20.0)
-        self.planes.open_data_plane(Config())
-        self.rank = self.planes.rank
+        self.comm = Communicator(dist.group.WORLD, torch.device("cpu"), 20.0)
+        self.comm.open_data_plane(Config())
+        self.rank = self.comm.rank
         placement = Placement.initial(LAYERS, EXPERTS, world_size, slots)
         for layer, experts in zip(self.layers, placement.experts[:, self.rank], strict=True):
             layer.shard(experts.tolist())
         self.staging = staging * self.layers[0].expert_bytes
-        self.exchange = Exchange(self.layers, self.planes, self.staging, verify)
+        self.exchange = Exchange(self.layers, self.comm, self.staging, verify)
         self.tables = RoutingTables(
             placement,
             device="cpu",
@@ -70,7 +70,7 @@ class World:
             max_replicas=world_size,
             topology=Topology(world_size),
         )
-        self.migration = Migration(placement, self.tables, self.exchange, self.planes)
+        self.migration = Migration(placement, self.tables, self.exchange, self.comm)
 
     def begin(self, wanted: Placement, direct: bool) -> Schedule:
         """Take on a plan that leads to ``wanted``."""

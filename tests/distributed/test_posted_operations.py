@@ -15,7 +15,7 @@ from torch import nn
 
 import torch_eplb
 import torch_eplb.testing
-from torch_eplb.comm.communicator import Planes
+from torch_eplb.comm.communicator import Communicator
 from torch_eplb.layers.experts import ExpertLayer, find_layers
 from torch_eplb.migration.exchange import Exchange
 from torch_eplb.runtime.config import Config
@@ -50,12 +50,12 @@ class FakeRank:
         self.full = full
         self.layers: list[ExpertLayer] = find_layers(copy.deepcopy(full))
         assert dist.group.WORLD is not None
-        self.planes = Planes(dist.group.WORLD, torch.device("cpu"), 10.0)
-        self.planes.open_data_plane(Config())
-        for layer, experts in zip(self.layers, start.experts[:, self.planes.rank], strict=True):
+        self.comm = Communicator(dist.group.WORLD, torch.device("cpu"), 10.0)
+        self.comm.open_data_plane(Config())
+        for layer, experts in zip(self.layers, start.experts[:, self.comm.rank], strict=True):
             layer.shard(experts.tolist())
         staging = STAGED_EXPERTS * max(layer.expert_bytes for layer in self.layers)
-        self.exchange = Exchange(self.layers, self.planes, staging, verify)
+        self.exchange = Exchange(self.layers, self.comm, staging, verify)
 
     def hold(self, placement: Placement) -> None:
         """Write the experts of a placement into this rank's slots."""
@@ -67,7 +67,7 @@ class FakeRank:
 
     def _slots(self, placement: Placement) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for layer, full in zip(range(LAYERS), self.full, strict=True):
-            experts = torch.from_numpy(placement.experts[layer, self.planes.rank].copy()).long()
+            experts = torch.from_numpy(placement.experts[layer, self.comm.rank].copy()).long()
             for name, tensor in zip(
                 self.layers[layer].tensor_names, self.layers[layer].tensors(), strict=True
             ):

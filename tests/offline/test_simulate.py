@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch_eplb.files.trace import Trace, read_trace
 from torch_eplb.offline.replay import NO_BALANCING, Settings, judge, replay
 from torch_eplb.offline.simulate import simulate
-from torch_eplb.policies.split import REPLICA_CHOICES, even_split
+from torch_eplb.policies.split import even_split
+from torch_eplb.values.choices import REPLICA_CHOICES
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Plan, Topology
 

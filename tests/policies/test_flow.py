@@ -14,7 +14,8 @@ from torch_eplb.policies import flow
 from torch_eplb.policies.batches import solve_batches
 from torch_eplb.policies.deepseek import groups_on_nodes
 from torch_eplb.policies.registry import make_policy
-from torch_eplb.policies.split import REPLICA_CHOICES, even_split, judged_par
+from torch_eplb.policies.split import even_split, judged_par
+from torch_eplb.values.choices import REPLICA_CHOICES
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Topology
 
@@ -116,7 +117,7 @@ def test_every_moved_expert_gains_what_it_must(
     after = _plan(load, before, topology, choice, min_gain=min_gain)
     moved = before.newly_held(after)
     gain = _judged(load, before, topology, choice) - _judged(load, after, topology, choice)
-    # The solver's 0.1%; even judges by a soft maximum (see `EvenJudge`), which may fall while
+    # The solver's 0.1%; even judges by a soft maximum (see `EvenObjective`), which may fall while
     # the maximum itself rises by a little.
     slack = 0.003 if choice in ("batch", "local") else 0.03
     assert (gain >= min_gain * moved - slack).all()
@@ -146,7 +147,7 @@ def test_more_moves_are_made_if_they_may_be() -> None:
 
 @pytest.mark.parametrize("ranks", [8, 16])
 @pytest.mark.parametrize("choice", ["batch", "even"])
-def test_a_leap_from_elsewhere_keeps_to_the_bound(ranks: int, choice: str) -> None:
+def test_a_restart_from_elsewhere_keeps_to_the_bound(ranks: int, choice: str) -> None:
     # Far from balance, flow would start from swift's or flashlb's placement.
     experts, topology = 4 * ranks, Topology(ranks)
     load = _load(6, 2, experts)

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from torch_eplb.policies.deepseek import groups_on_nodes, node_bound
 from torch_eplb.policies.registry import POLICIES, PolicyError, check_plan, make_policy
-from torch_eplb.policies.split import REPLICA_CHOICES, even_split, judged_par
+from torch_eplb.policies.split import even_split, judged_par
+from torch_eplb.values.choices import REPLICA_CHOICES
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Plan, Topology
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torch_eplb.runtime.config import Config, parse_bytes
+from torch_eplb.runtime.config import Config
+from torch_eplb.values.sizes import parse_bytes
 
 
 def policy(load: Any, placement: Any, topology: Any) -> Any:

@@ -32,7 +32,7 @@ from torch_eplb.runtime.config import Config
 from torch_eplb.values.errors import EPLBError, PeerLostError
 
 __all__ = [
-    "Planes",
+    "Communicator",
     "WorkWatcher",
     "all_gather_single",
     "backend_of",
@@ -102,7 +102,7 @@ def _options(backend: str, config: Config) -> Any:
     return None
 
 
-class Planes:
+class Communicator:
     """The two groups of one wrapped model; the control plane is made here.
 
     Args:
@@ -255,7 +255,7 @@ class Planes:
                 dist.destroy_process_group(group)
 
 
-def wait_for(work: dist.Work | None, planes: Planes, what: str) -> None:
+def wait_for(work: dist.Work | None, comm: Communicator, what: str) -> None:
     """Wait for one operation, at most ``timeout`` seconds.
 
     Raises:
@@ -264,46 +264,46 @@ def wait_for(work: dist.Work | None, planes: Planes, what: str) -> None:
     if work is None:  # the fake backend, and collectives that completed at once
         return
     try:
-        work.wait(timedelta(seconds=planes.timeout))
+        work.wait(timedelta(seconds=comm.timeout))
     except (RuntimeError, dist.DistBackendError) as error:
-        raise peer_lost(planes, what, error) from error
+        raise peer_lost(comm, what, error) from error
 
 
-def peer_lost(planes: Planes, what: str, error: BaseException) -> PeerLostError:
+def peer_lost(comm: Communicator, what: str, error: BaseException) -> PeerLostError:
     """The exception for a failed operation, with the names of the ranks that do not answer."""
-    lost = find_lost_ranks(planes)
+    lost = find_lost_ranks(comm)
     who = f"rank{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))}" if lost else "a rank"
-    round_index = planes.round_index
+    round_index = comm.round_index
     where = f" in round {round_index}" if round_index is not None else ""
     return PeerLostError(
-        f"{who} did not answer within {planes.timeout:g} s during {what}{where}: {error}",
+        f"{who} did not answer within {comm.timeout:g} s during {what}{where}: {error}",
         ranks=tuple(lost),
         round_index=round_index,
     )
 
 
-def find_lost_ranks(planes: Planes, patience: float = 2.0) -> list[int]:
+def find_lost_ranks(comm: Communicator, patience: float = 2.0) -> list[int]:
     """Ranks that do not report to the store within ``patience`` seconds; best effort.
 
     Every rank that meets a failure reports; those that are dead or stuck cannot.
     """
-    if planes.fake:
+    if comm.fake:
         return []
     try:
         store = dist.PrefixStore(
-            f"torch_eplb/lost/{planes.control.group_name}",
+            f"torch_eplb/lost/{comm.control.group_name}",
             dist.distributed_c10d._get_default_store(),
         )
-        store.set(str(planes.rank), "alive")
-        waiting = set(range(planes.num_ranks)) - {planes.rank}
-        deadline = time.monotonic() + min(patience, planes.timeout)
+        store.set(str(comm.rank), "alive")
+        waiting = set(range(comm.num_ranks)) - {comm.rank}
+        deadline = time.monotonic() + min(patience, comm.timeout)
         while waiting and time.monotonic() < deadline:
             waiting = {rank for rank in waiting if not store.check([str(rank)])}
             time.sleep(0.02)
         return sorted(waiting)
     except (RuntimeError, ValueError, dist.DistBackendError):
         # The store lives in rank 0's process (or in the launcher): it is gone, and so is rank 0.
-        return [0] if planes.rank != 0 else []
+        return [0] if comm.rank != 0 else []
 
 
 def _differences(everyone: list[dict[str, str]]) -> list[str]:
@@ -347,14 +347,14 @@ class WorkWatcher:
 
     Args:
         operations: what to send and to receive.
-        planes: gives backend and time limit.
+        comm: gives backend and time limit.
         what: names the operations in messages.
     """
 
-    def __init__(self, operations: list[dist.P2POp], planes: Planes, what: str) -> None:
-        self._planes = planes
+    def __init__(self, operations: list[dist.P2POp], comm: Communicator, what: str) -> None:
+        self._comm = comm
         self._what = what
-        self._deadline = time.monotonic() + planes.timeout
+        self._deadline = time.monotonic() + comm.timeout
         self._works: list[dist.Work] = []
         self._operations = operations
         self._error: BaseException | None = None
@@ -363,7 +363,7 @@ class WorkWatcher:
         if not operations:
             self._started = True
             self._ended.set()
-        elif planes.backend != "gloo":
+        elif comm.backend != "gloo":
             self._started = True
             self._post()
 
@@ -407,12 +407,12 @@ class WorkWatcher:
             if self._error is not None:
                 raise EPLBError(str(self._error)) from self._error
             return True
-        if self._planes.backend == "gloo":
+        if self._comm.backend == "gloo":
             return False  # the thread has a time limit of its own
-        if self._planes.fake or all(work.is_completed() for work in self._works):
+        if self._comm.fake or all(work.is_completed() for work in self._works):
             return True
         if time.monotonic() > self._deadline:
-            raise TimeoutError(f"{self._what} took longer than {self._planes.timeout:g} s")
+            raise TimeoutError(f"{self._what} took longer than {self._comm.timeout:g} s")
         return False
 
     def wait(self) -> None:
@@ -420,13 +420,13 @@ class WorkWatcher:
         if not self._started:
             self._started = True
             self._run()
-        elif self._planes.backend == "gloo" and not self._ended.wait(self._planes.timeout + 1.0):
-            raise TimeoutError(f"{self._what} took longer than {self._planes.timeout:g} s")
+        elif self._comm.backend == "gloo" and not self._ended.wait(self._comm.timeout + 1.0):
+            raise TimeoutError(f"{self._what} took longer than {self._comm.timeout:g} s")
         while not self.finished():
             time.sleep(0.0002)
 
     def synchronize(self) -> None:
         """Order the current stream behind the operations, which have finished."""
-        if self._planes.backend not in ("gloo", "fake"):
+        if self._comm.backend not in ("gloo", "fake"):
             for work in self._works:
                 work.wait()

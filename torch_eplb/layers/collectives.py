@@ -7,81 +7,81 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from torch_eplb.comm.communicator import Planes, all_gather_single, wait_for
+from torch_eplb.comm.communicator import Communicator, all_gather_single, wait_for
 
 __all__ = ["all_gather_counts", "exchange_counts", "exchange_rows", "share_input", "sum_output"]
 
 
-def exchange_counts(counts_RS: torch.Tensor, planes: Planes) -> torch.Tensor:
+def exchange_counts(counts_RS: torch.Tensor, comm: Communicator) -> torch.Tensor:
     """Row ``r`` goes to rank ``r``; the answer's row ``r`` came from rank ``r``."""
-    planes.check_process()
+    comm.check_process()
     received = torch.empty_like(counts_RS)
-    work = dist.all_to_all_single(received, counts_RS, group=planes.group, async_op=True)
-    wait_for(work, planes, "the dispatch of tokens")
+    work = dist.all_to_all_single(received, counts_RS, group=comm.group, async_op=True)
+    wait_for(work, comm, "the dispatch of tokens")
     return received
 
 
-def all_gather_counts(counts_E: torch.Tensor, planes: Planes) -> torch.Tensor:
+def all_gather_counts(counts_E: torch.Tensor, comm: Communicator) -> torch.Tensor:
     """``[E]`` of every rank as ``[R, E]``."""
-    planes.check_process()
-    gathered = counts_E.new_empty(planes.num_ranks * counts_E.numel())
-    work = all_gather_single(gathered, counts_E, group=planes.group, async_op=True)
-    wait_for(work, planes, "the dispatch of tokens")
-    return gathered.view(planes.num_ranks, -1)
+    comm.check_process()
+    gathered = counts_E.new_empty(comm.num_ranks * counts_E.numel())
+    work = all_gather_single(gathered, counts_E, group=comm.group, async_op=True)
+    wait_for(work, comm, "the dispatch of tokens")
+    return gathered.view(comm.num_ranks, -1)
 
 
 def _all_to_all(
-    rows: torch.Tensor, send: list[int], receive: list[int], planes: Planes
+    rows: torch.Tensor, send: list[int], receive: list[int], comm: Communicator
 ) -> torch.Tensor:
-    planes.check_process()
+    comm.check_process()
     received = rows.new_empty((sum(receive), *rows.shape[1:]))
-    if planes.fake:
+    if comm.fake:
         # The fake backend moves nothing between ranks: what others would send stays zero (memory
         # that nobody wrote may hold NaN), what this rank sends to itself arrives.
-        here, own = planes.rank, min(send[planes.rank], receive[planes.rank])
+        here, own = comm.rank, min(send[comm.rank], receive[comm.rank])
         received.zero_()
         first, start = sum(receive[:here]), sum(send[:here])
         received[first : first + own] = rows[start : start + own]
         return received
     work = dist.all_to_all_single(
-        received, rows.contiguous(), receive, send, group=planes.group, async_op=True
+        received, rows.contiguous(), receive, send, group=comm.group, async_op=True
     )
-    wait_for(work, planes, "the dispatch of tokens")
+    wait_for(work, comm, "the dispatch of tokens")
     return received
 
 
 class _ExchangeRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: torch.Tensor, send: list[int], receive: list[int], planes: Planes
+        ctx: Any, rows: torch.Tensor, send: list[int], receive: list[int], comm: Communicator
     ) -> torch.Tensor:
-        ctx.send, ctx.receive, ctx.planes = send, receive, planes
-        return _all_to_all(rows, send, receive, planes)
+        ctx.send, ctx.receive, ctx.comm = send, receive, comm
+        return _all_to_all(rows, send, receive, comm)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return _all_to_all(grad, ctx.receive, ctx.send, ctx.planes), None, None, None
+        return _all_to_all(grad, ctx.receive, ctx.send, ctx.comm), None, None, None
 
 
 def exchange_rows(
-    rows: torch.Tensor, send: list[int], receive: list[int], planes: Planes
+    rows: torch.Tensor, send: list[int], receive: list[int], comm: Communicator
 ) -> torch.Tensor:
     """Send ``send[r]`` rows to rank ``r``, in order; ``receive[r]`` rows come from it."""
-    return _ExchangeRows.apply(rows, send, receive, planes)
+    return _ExchangeRows.apply(rows, send, receive, comm)
 
 
 class _ShareInput(torch.autograd.Function):
     """Every rank reads the same value; its gradient is the sum over what the ranks did with it."""
 
     @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, planes: Planes) -> torch.Tensor:
-        ctx.planes = planes
+    def forward(ctx: Any, value: torch.Tensor, comm: Communicator) -> torch.Tensor:
+        ctx.comm = comm
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         grad = grad.contiguous()
-        dist.all_reduce(grad, group=ctx.planes.group)
+        dist.all_reduce(grad, group=ctx.comm.group)
         return grad, None
 
 
@@ -89,14 +89,14 @@ class _SumOutput(torch.autograd.Function):
     """Sum of the ranks' partial outputs; every rank goes on with the same sum."""
 
     @staticmethod
-    def forward(ctx: Any, partial: torch.Tensor, planes: Planes) -> torch.Tensor:
+    def forward(ctx: Any, partial: torch.Tensor, comm: Communicator) -> torch.Tensor:
         total = partial.contiguous().clone()
         if torch.compiler.is_compiling():
-            dist.all_reduce(total, group=planes.group)
+            dist.all_reduce(total, group=comm.group)
         else:
-            planes.check_process()
-            work = dist.all_reduce(total, group=planes.group, async_op=True)
-            wait_for(work, planes, "the sum of the ranks' outputs")
+            comm.check_process()
+            work = dist.all_reduce(total, group=comm.group, async_op=True)
+            wait_for(work, comm, "the sum of the ranks' outputs")
         return total
 
     @staticmethod
@@ -104,11 +104,11 @@ class _SumOutput(torch.autograd.Function):
         return grad, None
 
 
-def share_input(value: torch.Tensor, planes: Planes) -> torch.Tensor:
+def share_input(value: torch.Tensor, comm: Communicator) -> torch.Tensor:
     """Identity forwards, all-reduce backwards."""
-    return _ShareInput.apply(value, planes)
+    return _ShareInput.apply(value, comm)
 
 
-def sum_output(partial: torch.Tensor, planes: Planes) -> torch.Tensor:
+def sum_output(partial: torch.Tensor, comm: Communicator) -> torch.Tensor:
     """All-reduce forwards, identity backwards."""
-    return _SumOutput.apply(partial, planes)
+    return _SumOutput.apply(partial, comm)

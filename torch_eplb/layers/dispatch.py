@@ -128,7 +128,7 @@ class Dispatch(BoundToRanks):
     def _choose(self, ids_TK: torch.Tensor) -> torch.Tensor:
         """Physical ids ``[T, K]`` from this rank's own tokens; counts them."""
         state, tables = self.state, self.state.tables
-        num_ranks = state.planes.num_ranks
+        num_ranks = state.comm.num_ranks
         hits_E = count_hits(ids_TK, self.layer.num_experts)
         if tables.choice_LEP is not None:
             physical_TK = choose_from_table(ids_TK, tables.choice_LEP[self.index])
@@ -166,13 +166,13 @@ class AllToAll(Dispatch):
             num_received = sum(sizes[1])
             slots = torch.arange(self.state.num_slots, device=ids_TK.device)
             local_ids = torch.repeat_interleave(
-                slots.repeat(self.state.planes.num_ranks),
+                slots.repeat(self.state.comm.num_ranks),
                 receive_RS.reshape(-1).to(ids_TK.device, non_blocking=True),
                 output_size=num_received,
             )
         shape = self.layer.arguments.get(self.layer.spec.hidden_states, args, kwargs).shape
         rows = hidden_TH.index_select(0, order_N // ids_TK.shape[1])
-        rows = exchange_rows(rows, sizes[0], sizes[1], self.state.planes)
+        rows = exchange_rows(rows, sizes[0], sizes[1], self.state.comm)
         self._trip = _Trip(order_N, sizes, weights_TK, shape)
         ones = weights_TK.new_ones(num_received, 1)
         return self._replace(args, kwargs, *_never_empty(rows, local_ids.view(-1, 1), ones))
@@ -184,27 +184,27 @@ class AllToAll(Dispatch):
         The order is on the device; for ``replica_choice="batch"`` the counts are on the host, where
         the split sizes are needed anyway.
         """
-        state, planes, tables = self.state, self.state.planes, self.state.tables
+        state, comm, tables = self.state, self.state.comm, self.state.tables
         if state.replica_choice == "batch":
             hits_E = count_hits(ids_TK, self.layer.num_experts)
             position = state.enter(self.index)
-            counts = all_gather_counts(pad(hits_E, (0, 1), value=position), planes).cpu()
+            counts = all_gather_counts(pad(hits_E, (0, 1), value=position), comm).cpu()
             order_N, send_RS, receive_RS = plan_dispatch(
                 ids_TK,
                 counts[:, :-1],
-                planes.rank,
+                comm.rank,
                 tables.host_slots_LEM[self.index],
-                planes.num_ranks,
+                comm.num_ranks,
                 state.num_slots,
                 tables.topology.ranks_per_node,
             )
             state.counters.add(self.index, hits_E, send_RS.sum(1).to(ids_TK.device))
             return order_N, send_RS, receive_RS, counts[:, -1]
         physical_N = self._choose(ids_TK).view(-1)
-        send_RS = count_hits(physical_N, planes.num_ranks * state.num_slots)
-        send_RS = send_RS.view(planes.num_ranks, state.num_slots)
+        send_RS = count_hits(physical_N, comm.num_ranks * state.num_slots)
+        send_RS = send_RS.view(comm.num_ranks, state.num_slots)
         position = state.enter(self.index)
-        received = exchange_counts(pad(send_RS, (0, 1), value=position), planes)
+        received = exchange_counts(pad(send_RS, (0, 1), value=position), comm)
         return order_by_id(physical_N), send_RS, received[:, :-1], received[:, -1]
 
     @_outside_graphs
@@ -213,7 +213,7 @@ class AllToAll(Dispatch):
         if trip is None:
             raise RuntimeError(f"layer {self.layer.name} returned without having been entered")
         output = _without_padding(output, sum(trip.sizes[1]))
-        rows = exchange_rows(output, trip.sizes[1], trip.sizes[0], self.state.planes)
+        rows = exchange_rows(output, trip.sizes[1], trip.sizes[0], self.state.comm)
         self.state.leave(self.index)
         back_N = torch.empty_like(trip.order_N)
         back_N[trip.order_N] = torch.arange(len(back_N), device=back_N.device)
@@ -242,14 +242,14 @@ class AllReduce(Dispatch):
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        planes, num_slots = self.state.planes, self.state.num_slots
+        comm, num_slots = self.state.comm, self.state.num_slots
         spec, arguments = self.layer.spec, self.layer.arguments
         ids = arguments.get(spec.expert_ids, args, kwargs)
         physical = self._choose(ids.flatten(0, -2)).view(ids.shape)
-        local = physical - planes.rank * num_slots
+        local = physical - comm.rank * num_slots
         foreign = (local < 0) | (local >= num_slots)
-        weights = share_input(arguments.get(spec.expert_weights, args, kwargs), planes)
-        hidden = share_input(arguments.get(spec.hidden_states, args, kwargs), planes)
+        weights = share_input(arguments.get(spec.expert_weights, args, kwargs), comm)
+        hidden = share_input(arguments.get(spec.hidden_states, args, kwargs), comm)
         return self._replace(
             args,
             kwargs,
@@ -261,7 +261,7 @@ class AllReduce(Dispatch):
     def after(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         if not torch.compiler.is_compiling():
             self.state.entered = True
-        return sum_output(output, self.state.planes)
+        return sum_output(output, self.state.comm)
 
 
 class CompactAllReduce(AllReduce):
@@ -278,14 +278,14 @@ class CompactAllReduce(AllReduce):
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        planes, num_slots = self.state.planes, self.state.num_slots
+        comm, num_slots = self.state.comm, self.state.num_slots
         hidden_TH, ids_TK, weights_TK = self._read(args, kwargs)
         shape = self.layer.arguments.get(self.layer.spec.hidden_states, args, kwargs).shape
-        local_N = (self._choose(ids_TK) - planes.rank * num_slots).view(-1)
+        local_N = (self._choose(ids_TK) - comm.rank * num_slots).view(-1)
         chosen = ((local_N >= 0) & (local_N < num_slots)).nonzero().view(-1)
         tokens = chosen // ids_TK.shape[1]
-        rows = share_input(hidden_TH, planes).index_select(0, tokens)
-        weights = share_input(weights_TK, planes).reshape(-1)[chosen].view(-1, 1)
+        rows = share_input(hidden_TH, comm).index_select(0, tokens)
+        weights = share_input(weights_TK, comm).reshape(-1)[chosen].view(-1, 1)
         rows, local_ids, weights = _never_empty(rows, local_N[chosen].view(-1, 1), weights)
         self._trip = (tokens, shape)
         return self._replace(args, kwargs, rows, local_ids, weights)
@@ -300,7 +300,7 @@ class CompactAllReduce(AllReduce):
         summed = output.new_zeros((shape[:-1].numel(), output.shape[-1]))
         summed = summed.index_add(0, tokens, output)
         self.state.entered = True
-        return sum_output(summed, self.state.planes).view(*shape[:-1], output.shape[-1])
+        return sum_output(summed, self.state.comm).view(*shape[:-1], output.shape[-1])
 
 
 def _never_empty(

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from torch_eplb.comm.communicator import Planes, wait_for
+from torch_eplb.comm.communicator import Communicator, wait_for
 from torch_eplb.layers.experts import ExpertLayer, byte_view
 
 __all__ = ["empty_full", "gather_layer", "gather_tensor"]
@@ -22,7 +22,7 @@ def gather_layer(
     layer: ExpertLayer,
     experts: NDArray[np.int32],
     live: NDArray[np.bool_],
-    planes: Planes,
+    comm: Communicator,
 ) -> list[torch.Tensor]:
     """A layer's full tensors, ``[experts, ...]`` each, on every rank. Collective.
 
@@ -30,7 +30,7 @@ def gather_layer(
         layer: the sharded layer.
         experts: ``[ranks, slots]``, the logical expert in every slot.
         live: ``[ranks, slots]``, False where a slot's content is not to be used.
-        planes: gives the group.
+        comm: gives the group.
 
     Raises:
         PeerLostError: a rank did not come within the time limit.
@@ -38,7 +38,7 @@ def gather_layer(
     full = []
     for tensor in layer.tensors():
         result = empty_full(tensor, layer.num_experts, tensor.device)
-        gather_tensor(tensor, experts, live, planes, result)
+        gather_tensor(tensor, experts, live, comm, result)
         full.append(result)
     return full
 
@@ -47,7 +47,7 @@ def gather_tensor(
     tensor: torch.Tensor,
     experts: NDArray[np.int32],
     live: NDArray[np.bool_],
-    planes: Planes,
+    comm: Communicator,
     result: torch.Tensor | None,
     scratch: torch.Tensor | None = None,
 ) -> None:
@@ -58,7 +58,7 @@ def gather_tensor(
 
     Args:
         tensor: ``[slots, ...]``, this rank's.
-        experts, live, planes: see `gather_layer`.
+        experts, live, comm: see `gather_layer`.
         result: ``[experts, ...]`` with the strides of `empty_full`, on any device, or None to pass
             the experts on and keep none. May differ between ranks.
         scratch: flat uint8 for one expert's tensor at least, on the device of ``tensor``; needed
@@ -67,14 +67,14 @@ def gather_tensor(
     Raises:
         PeerLostError: a rank did not come within the time limit.
     """
-    planes.check_process()
+    comm.check_process()
     held = np.where(live, experts, -1)
     in_place = result is not None and result.device == tensor.device
     pending: list[dist.Work | None] = []
     for expert in range(int(experts.max()) + 1):
         owner, slot = np.argwhere(held == expert)[0].tolist()
         target = byte_view(result[expert]) if result is not None else None
-        if owner == planes.rank:
+        if owner == comm.rank:
             parcel = byte_view(tensor[slot])
             if target is not None:
                 target.copy_(parcel)
@@ -85,13 +85,13 @@ def gather_tensor(
             assert scratch is not None
             parcel = scratch[: byte_view(tensor[0]).numel()]
         pending.append(
-            dist.broadcast(parcel, planes.global_ranks[owner], group=planes.group, async_op=True)
+            dist.broadcast(parcel, comm.global_ranks[owner], group=comm.group, async_op=True)
         )
-        if owner != planes.rank and not in_place:
-            _finish(pending, planes)
+        if owner != comm.rank and not in_place:
+            _finish(pending, comm)
             if target is not None:
                 target.copy_(parcel)
-    _finish(pending, planes)
+    _finish(pending, comm)
 
 
 def empty_full(tensor: torch.Tensor, num_experts: int, device: torch.device) -> torch.Tensor:
@@ -102,7 +102,7 @@ def empty_full(tensor: torch.Tensor, num_experts: int, device: torch.device) -> 
         return torch.empty_strided(shape, stride, dtype=tensor.dtype, device=device)
 
 
-def _finish(pending: list[dist.Work | None], planes: Planes) -> None:
+def _finish(pending: list[dist.Work | None], comm: Communicator) -> None:
     for work in pending:
-        wait_for(work, planes, "gathering the experts")
+        wait_for(work, comm, "gathering the experts")
     pending.clear()

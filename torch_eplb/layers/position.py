@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch_eplb.comm.communicator import Planes
+from torch_eplb.comm.communicator import Communicator
 from torch_eplb.routing import LoadCounters, RoutingTables
 from torch_eplb.values.errors import EPLBError
 
@@ -16,7 +16,7 @@ class RoutingState:
     """What the hooks of all layers share.
 
     Attributes:
-        planes: the process groups.
+        comm: the process groups.
         tables: routing tables of all layers, updated in place.
         counters: load counters of all layers, updated in place.
         replica_choice: see `torch_eplb.Config`.
@@ -28,7 +28,7 @@ class RoutingState:
         latest_step: the latest step in which another rank was met that was not in ours.
     """
 
-    planes: Planes
+    comm: Communicator
     tables: RoutingTables
     counters: LoadCounters
     replica_choice: str
@@ -60,7 +60,7 @@ class RoutingState:
         steps = [position // self.tables.num_layers - 1 for position in positions]
         layers = {position % self.tables.num_layers for position in positions}
         counted = {step for step in steps if step >= 0} or {-1}
-        if self.planes.fake or (len(layers) == 1 and len(counted) == 1):
+        if self.comm.fake or (len(layers) == 1 and len(counted) == 1):
             return
         self.latest_step = max(steps)
         where = "; ".join(

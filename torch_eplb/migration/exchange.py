@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.distributed as dist
 
-from torch_eplb.comm.communicator import Planes, WorkWatcher
+from torch_eplb.comm.communicator import Communicator, WorkWatcher
 from torch_eplb.layers.experts import ExpertLayer
 from torch_eplb.values.rounds import (
     LAYER,
@@ -39,7 +39,7 @@ class Exchange:
 
     Args:
         layers: the model's MoE layers, whose slots are read and written.
-        planes: gives the data plane.
+        comm: gives the data plane.
         staging_bytes: size of the staging pool, allocated here, once.
         verify: send a checksum with every expert and check it.
 
@@ -50,14 +50,14 @@ class Exchange:
     """
 
     def __init__(
-        self, layers: Sequence[ExpertLayer], planes: Planes, staging_bytes: int, verify: bool
+        self, layers: Sequence[ExpertLayer], comm: Communicator, staging_bytes: int, verify: bool
     ) -> None:
         self._layers = layers
-        self._planes = planes
+        self._comm = comm
         self._verify = verify
         with torch.inference_mode(False):
-            self._pool = torch.empty(staging_bytes, dtype=torch.uint8, device=planes.device)
-        self._stream = _side_stream(planes.device)
+            self._pool = torch.empty(staging_bytes, dtype=torch.uint8, device=comm.device)
+        self._stream = _side_stream(comm.device)
         self._watcher: WorkWatcher | None = None
         self._staged: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._received_sums: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
@@ -87,7 +87,7 @@ class Exchange:
         Local copies are carried out here. Both sides of a pair list a round's transfers in the same
         order, because several operations between one pair are matched by order.
         """
-        rank = self._planes.rank
+        rank = self._comm.rank
         operations: list[dist.P2POp] = []
         used = 0
         self._staged, self._received_sums, self._sent_sums = [], [], []
@@ -128,20 +128,20 @@ class Exchange:
         return landing, used
 
     def _send(self, tensors: list[torch.Tensor], peer: int) -> list[dist.P2POp]:
-        operations = [self._planes.send(tensor, peer) for tensor in tensors]
+        operations = [self._comm.send(tensor, peer) for tensor in tensors]
         if self._verify:
             sums = checksum(tensors)
             self._sent_sums.append(sums)
-            operations.append(self._planes.send(sums, peer))
+            operations.append(self._comm.send(sums, peer))
         self.bytes_sent += sum(tensor.numel() for tensor in tensors)
         return operations
 
     def _receive(self, tensors: list[torch.Tensor], peer: int) -> list[dist.P2POp]:
-        operations = [self._planes.receive(tensor, peer) for tensor in tensors]
+        operations = [self._comm.receive(tensor, peer) for tensor in tensors]
         if self._verify:
-            sums = torch.zeros(2, dtype=torch.int64, device=self._planes.device)
+            sums = torch.zeros(2, dtype=torch.int64, device=self._comm.device)
             self._received_sums.append((sums, tensors))
-            operations.append(self._planes.receive(sums, peer))
+            operations.append(self._comm.receive(sums, peer))
         self.bytes_received += sum(tensor.numel() for tensor in tensors)
         return operations
 
@@ -152,11 +152,11 @@ class Exchange:
             RuntimeError: the backend refused, for instance because a peer's connection is gone.
                 With gloo it is `finished` or `wait` that raises.
         """
-        with _on_stream(self._stream, self._planes.device), torch.inference_mode():
+        with _on_stream(self._stream, self._comm.device), torch.inference_mode():
             operations = self.operations(transfers)
             if self.on_post is not None:
                 self.on_post(round_index, operations)
-            self._watcher = WorkWatcher(operations, self._planes, f"round {round_index}")
+            self._watcher = WorkWatcher(operations, self._comm, f"round {round_index}")
 
     def start(self) -> None:
         """Let a posted round run beside the forward; it may have been running since `post`."""
@@ -184,10 +184,10 @@ class Exchange:
         if self._watcher is None:
             return
         self._watcher.wait()
-        deadline = time.monotonic() + self._planes.timeout
+        deadline = time.monotonic() + self._comm.timeout
         while not self.finished():
             if time.monotonic() > deadline:
-                raise TimeoutError(f"checking took longer than {self._planes.timeout:g} s")
+                raise TimeoutError(f"checking took longer than {self._comm.timeout:g} s")
             time.sleep(0.0002)
 
     def verified(self) -> bool:
@@ -206,7 +206,7 @@ class Exchange:
             The result, on the host, and the event after which it is there.
         """
         assert self._watcher is not None
-        device = self._planes.device
+        device = self._comm.device
         with torch.get_device_module(device).stream(stream), torch.inference_mode():
             # The backend received on a stream of its own.
             self._watcher.synchronize()
@@ -222,8 +222,8 @@ class Exchange:
             self._watcher.synchronize()
         if self._stream is not None:
             # Local copies and checksums ran on the side stream.
-            device_module = torch.get_device_module(self._planes.device)
-            device_module.current_stream(self._planes.device).wait_stream(self._stream)
+            device_module = torch.get_device_module(self._comm.device)
+            device_module.current_stream(self._comm.device).wait_stream(self._stream)
         # A round may be posted inside and committed outside of the user's inference mode (by
         # close(), say), or the other way round. Inside, tensors of either kind may be written.
         with torch.inference_mode():

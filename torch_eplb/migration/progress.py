@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from torch_eplb.comm.communicator import Planes, peer_lost
+from torch_eplb.comm.communicator import Communicator, peer_lost
 from torch_eplb.migration.exchange import Exchange
 from torch_eplb.routing.tables import RoutingTables
 from torch_eplb.values.placement import Placement
@@ -28,7 +28,7 @@ class Migration:
         placement: what the slots hold now.
         tables: the routing tables, which always match it.
         exchange: moves the bytes.
-        planes: for the error that names a lost rank.
+        comm: for the error that names a lost rank.
 
     Attributes:
         experts: int32 ``[layers, ranks, slots]``, the committed placement. Same on all ranks.
@@ -41,12 +41,12 @@ class Migration:
     """
 
     def __init__(
-        self, placement: Placement, tables: RoutingTables, exchange: Exchange, planes: Planes
+        self, placement: Placement, tables: RoutingTables, exchange: Exchange, comm: Communicator
     ) -> None:
         self._num_experts = placement.num_experts
         self._tables = tables
         self._exchange = exchange
-        self._planes = planes
+        self._comm = comm
         self._placement: Placement | None = placement
         self._plan: Plan | None = None
         self.experts = placement.experts.copy()
@@ -94,7 +94,7 @@ class Migration:
         """
         transfers = self.rounds[self.round]
         self._update_tables(self._drain(transfers))
-        self._planes.round_index = self.round
+        self._comm.round_index = self.round
         try:
             self._exchange.post(self.round, transfers)
         except (RuntimeError, TimeoutError) as error:
@@ -133,7 +133,7 @@ class Migration:
             post_next: `post_round` follows, if a round is left: routes change for both at once.
         """
         self._exchange.commit()
-        self._planes.round_index = None
+        self._comm.round_index = None
         transfers = self.rounds[self.round].transfers
         targets = _targets(transfers)
         self.experts[targets] = transfers[:, EXPERT]
@@ -154,7 +154,7 @@ class Migration:
         fetches their experts again from live replicas.
         """
         self._exchange.drop()
-        self._planes.round_index = None
+        self._comm.round_index = None
         rows = []
         for layer, rank, slot in np.argwhere(~self.live).tolist():
             expert = self.experts[layer, rank, slot]
@@ -172,7 +172,7 @@ class Migration:
         Their experts have other live replicas.
         """
         self._exchange.drop()
-        self._planes.round_index = None
+        self._comm.round_index = None
         self.rounds = self.rounds[: self.round]
         self.repairing = False
 
@@ -198,7 +198,7 @@ class Migration:
         self._tables.update(self.placement, split, self.live, chosen)
 
     def _lost(self, error: BaseException) -> Exception:
-        return peer_lost(self._planes, "a transfer of experts", error)
+        return peer_lost(self._comm, "a transfer of experts", error)
 
 
 def _targets(transfers: NDArray[np.int32]) -> tuple[NDArray[np.int32], ...]:

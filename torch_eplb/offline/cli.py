@@ -22,9 +22,10 @@ from torch_eplb.offline.progress import progress_bar
 from torch_eplb.offline.replay import NO_BALANCING, Settings
 from torch_eplb.offline.simulate import simulate
 from torch_eplb.policies.registry import POLICIES, check_plan, make_policy
-from torch_eplb.policies.split import REPLICA_CHOICES, even_split, par, rank_loads
-from torch_eplb.runtime.config import parse_bytes
+from torch_eplb.policies.split import even_split, par, rank_loads
+from torch_eplb.values.choices import REPLICA_CHOICES
 from torch_eplb.values.placement import Placement
+from torch_eplb.values.sizes import parse_bytes
 
 __all__ = ["main"]
 

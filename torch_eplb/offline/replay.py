@@ -25,12 +25,12 @@ from torch_eplb.planner.messages import PlannerSettings, PlanReply, Refusal, Req
 from torch_eplb.planner.worker import answer
 from torch_eplb.policies.registry import POLICIES
 from torch_eplb.policies.split import (
-    REPLICA_CHOICES,
     batch_rank_loads,
     even_split,
     par,
     rank_loads,
 )
+from torch_eplb.values.choices import REPLICA_CHOICES
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Plan, Topology
 

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch_eplb
 from torch_eplb.planner.frames import Frame, FrameError, FrameReader, FrameWriter, Kind
 from torch_eplb.planner.hosts import TERMINATE_SECONDS, HostFailed, Task
 from torch_eplb.planner.messages import (
@@ -273,7 +272,7 @@ def _command(descriptor: int) -> list[str]:
     lasting = threading.current_thread() is threading.main_thread()
     path = [os.path.abspath(p) for p in sys.path if isinstance(p, str)]
     # Last, so that it decides nothing unless the package is found in no other way.
-    path.append(str(Path(torch_eplb.__file__).resolve().parent.parent))
+    path.append(str(Path(__file__).resolve().parents[2]))
     arguments = [str(descriptor), str(os.getpid()), str(int(lasting)), *path]
     return [sys.executable or "python3", "-u", "-c", BOOT, *arguments]
 

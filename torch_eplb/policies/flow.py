@@ -4,7 +4,7 @@ It judges placements on the window's samples under the split that the runtime wi
 from the live placement: nothing moves in a layer that the split alone balances, and elsewhere only
 what pays (`search`). A layer that is far from balance may start from another policy's placement, if
 all that moves for it pays. Where the split of every batch is solved, what counts is not how even
-the mean loads are but whether hot ranks can hand tokens on: see `judges.CutJudge`.
+the mean loads are but whether hot ranks can hand tokens on: see `objectives.CutObjective`.
 
 Samples are sums over several steps, and single steps scatter more than sums do; so each sample's
 distance from the mean is widened before judging (`SPREAD`).
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch_eplb.policies import flashlb, swift
 from torch_eplb.policies.batches import Replicas, solve_batches, tightest_cuts
 from torch_eplb.policies.deepseek import groups_on_nodes, node_bound, place
-from torch_eplb.policies.objectives import CutJudge, EvenJudge, Judge, all_sets
+from torch_eplb.policies.objectives import CutObjective, EvenObjective, Objective, all_sets
 from torch_eplb.policies.search import Search
 from torch_eplb.policies.split import even_split, judged_par
 from torch_eplb.values.placement import Placement
@@ -61,8 +61,10 @@ class Knobs:
             return
         if isinstance(self.max_moves, bool) or not isinstance(self.max_moves, int):
             raise TypeError(f"max_moves must be an int or None, got {self.max_moves!r}")
-        if self.max_moves < 0:
-            raise ValueError(f"max_moves must be at least 0, got {self.max_moves}")
+        if self.max_moves < 1:
+            raise ValueError(
+                f'max_moves must be at least 1, got {self.max_moves}; policy "static" moves nothing'
+            )
 
     @classmethod
     def of(cls, **given: float | int | None) -> Knobs:
@@ -85,7 +87,7 @@ _STEPS_PER_ROUND = 12
 _ROUNDS = 8
 
 _FAR = 1.2
-"""Mean PAR above which a layer does not start from where it is: see `_Task._leap`."""
+"""Mean PAR above which a layer does not start from where it is: see `_Task._restart`."""
 
 _CUTS_COST = 3
 """What finding a layer's cuts costs, in search steps."""
@@ -163,11 +165,11 @@ class _Task:
         experts = np.array(start)
         value = np.zeros(len(start))
         searches = {int(layer): self._search(start, int(layer)) for layer in np.flatnonzero(mask)}
-        judge: Judge
+        objective: Objective
         if self.fixed:
-            judge = EvenJudge()
+            objective = EvenObjective()
         elif self.num_ranks <= _SMALL:
-            judge = CutJudge(all_sets(self.num_ranks))
+            objective = CutObjective(all_sets(self.num_ranks))
         else:
             self._search_by_cuts(searches, experts, value)
             return experts, value
@@ -175,13 +177,13 @@ class _Task:
         def rate(layers: Ints, tried: Placed) -> Floats:
             for layer, placed in zip(layers.tolist(), tried, strict=True):
                 searches[layer].reset(placed)
-            return np.array([searches[layer].value(judge) for layer in layers.tolist()])
+            return np.array([searches[layer].value(objective) for layer in layers.tolist()])
 
-        self._leap(searches, experts, rate)
+        self._restart(searches, experts, rate)
         for layer, search in searches.items():
-            search.run(judge, self.knobs.target_par, _STEPS)
+            search.run(objective, self.knobs.target_par, _STEPS)
             experts[layer] = search.experts(self.num_slots)
-            value[layer] = search.value(judge)
+            value[layer] = search.value(objective)
         return experts, value
 
     def _search(self, start: Placed, layer: int) -> Search:
@@ -211,14 +213,14 @@ class _Task:
         The search trusts the cuts that it knows, and so may spoil others: a round that made a
         layer worse is undone, with the cuts that showed it kept, and the next one is shorter.
         """
-        judges = {layer: CutJudge(np.eye(self.num_ranks, dtype=bool)) for layer in searches}
+        objectives = {layer: CutObjective(np.eye(self.num_ranks, dtype=bool)) for layer in searches}
         best = dict.fromkeys(searches, np.inf)
         trust = dict.fromkeys(searches, _STEPS_PER_ROUND)
         tried = np.array(experts)
         live = list(searches)
         step_cost = 4 * self.x.shape[0] * self.num_experts * self.num_ranks
         budget = max(_WORK // step_cost, 3 * len(searches))
-        self._leap(searches, tried, lambda layers, at: binding_cuts(self.x[:, layers], at)[0])
+        self._restart(searches, tried, lambda layers, at: binding_cuts(self.x[:, layers], at)[0])
         for turn in range(_ROUNDS + 1):
             values, cuts = binding_cuts(self.x[:, live], tried[live])
             budget -= _CUTS_COST * len(live) if turn else 0
@@ -233,7 +235,7 @@ class _Task:
                 else:
                     search.reset(experts[layer])
                     trust[layer] = max(trust[layer] // 4, 1)
-                judges[layer] = judges[layer].with_sets(sets)
+                objectives[layer] = objectives[layer].with_sets(sets)
                 if value[layer] > self.knobs.target_par:
                     pending.append(layer)
             live = []
@@ -241,7 +243,7 @@ class _Task:
             for layer in sorted(pending, key=lambda layer: -value[layer]):
                 if turn == _ROUNDS or budget <= 0:
                     break
-                used = searches[layer].run(judges[layer], self.knobs.target_par, trust[layer])
+                used = searches[layer].run(objectives[layer], self.knobs.target_par, trust[layer])
                 budget -= used
                 tried[layer] = searches[layer].experts(self.num_slots)
                 if used:
@@ -249,7 +251,7 @@ class _Task:
             if not live:
                 return
 
-    def _leap(
+    def _restart(
         self,
         searches: dict[int, Search],
         tried: Placed,
@@ -276,14 +278,14 @@ class _Task:
         if lasts.any():
             where = start.experts[lasts]
             anew[lasts] = flashlb.place_by_risk(x[:, lasts], where, where, nodes, depth=1)
-        for leap in (few, anew):
-            value = rate(layers, leap)
+        for other in (few, anew):
+            value = rate(layers, other)
             for index, layer in enumerate(layers.tolist()):
                 search = searches[layer]
-                search.reset(leap[index])
-                leap_net = value[index] + self.knobs.min_gain * search.moved
-                if leap_net < net[index] and search.moved <= search.most:
-                    net[index], tried[layer] = leap_net, leap[index]
+                search.reset(other[index])
+                restart_net = value[index] + self.knobs.min_gain * search.moved
+                if restart_net < net[index] and search.moved <= search.most:
+                    net[index], tried[layer] = restart_net, other[index]
         for layer in layers.tolist():
             searches[layer].reset(tried[layer])
 

@@ -1,13 +1,14 @@
 """How policy "flow" rates a placement of one layer, and what a change of it would bring.
 
-A judge turns a placement into *pressures* ``[P, samples]``; the highest of a sample's pressures is
-its PAR. Every pressure is linear in the load: ``weights [P, experts] @ load``, and an expert's
-weights depend only on the ranks that hold it. So a change that touches two experts changes two
-columns of the weights, and rating it needs no new solution of the split.
+An objective turns a placement into *pressures* ``[P, samples]``; the highest of a sample's
+pressures is its PAR. Every pressure is linear in the load: ``weights [P, experts] @ load``, and an
+expert's weights depend only on the ranks that hold it. So a change that touches two experts changes
+two columns of the weights, and rating it needs no new solution of the split.
 
-* `EvenJudge`: fixed even shares. P is the ranks; weight = 1 / replicas on the ranks that hold it.
-* `CutJudge`: every sample gets its best split. By the duality of flows and cuts a sample's PAR is
-  the highest load per rank over all *sets* of ranks, where a set is loaded by the experts whose
+* `EvenObjective`: fixed even shares. P is the ranks; weight = 1 / replicas on the ranks that hold
+  it.
+* `CutObjective`: every sample gets its best split. By the duality of flows and cuts a sample's PAR
+  is the highest load per rank over all *sets* of ranks, where a set is loaded by the experts whose
   replicas all lie within it. P is a pool of such sets: weight = 1 / (ranks in the set) if the set
   encloses the expert. With few ranks the pool holds all sets; else those that a solved split
   has shown to be tight are added as the search goes (cutting planes; Kelley 1960).
@@ -22,15 +23,15 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CutJudge", "EvenJudge", "Judge", "all_sets"]
+__all__ = ["CutObjective", "EvenObjective", "Objective", "all_sets"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 
-class Judge(Protocol):
-    """What the search asks of a judge. ``held`` is ``[experts, ranks]`` 0 or 1."""
+class Objective(Protocol):
+    """What the search asks of a objective. ``held`` is ``[experts, ranks]`` 0 or 1."""
 
     softness: float
     """In units of PAR; see `search._value`."""
@@ -59,7 +60,7 @@ class Judge(Protocol):
         ...
 
 
-class EvenJudge:
+class EvenObjective:
     """Pressures of ranks under the even split.
 
     A fixed split does not level the chance of single steps: any rank near the peak may become it,
@@ -86,7 +87,7 @@ class EvenJudge:
         return add, remove, move
 
 
-class CutJudge:
+class CutObjective:
     """Pressures of sets of ranks when every sample is split as well as can be.
 
     Args:
@@ -100,12 +101,12 @@ class CutJudge:
         self.away = (~sets).astype(np.float64)  # [P, R]: the rank is outside of the set
         self.scale = 1.0 / sets.sum(axis=1)
 
-    def with_sets(self, sets: Bools) -> CutJudge:
-        """A judge that knows ``sets`` as well."""
+    def with_sets(self, sets: Bools) -> CutObjective:
+        """An objective that knows ``sets`` as well."""
         known = {row.tobytes() for row in np.packbits(self.sets, axis=1)}
         packed = [row.tobytes() for row in np.packbits(sets, axis=1)]
         new = [index for index, key in enumerate(packed) if key not in known]
-        return CutJudge(np.concatenate((self.sets, sets[new]))) if new else self
+        return CutObjective(np.concatenate((self.sets, sets[new]))) if new else self
 
     def weights(self, held: Floats) -> Floats:
         return (held @ self.away.T == 0) * self.scale

@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torch_eplb.policies import baselines, deepseek, flashlb, flow, swift
-from torch_eplb.policies.split import REPLICA_CHOICES, as_samples, judged_par, solve_split
+from torch_eplb.policies.split import as_samples, judged_par, solve_split
+from torch_eplb.values.choices import REPLICA_CHOICES
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Plan, Topology
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from torch_eplb.policies.objectives import Judge
+from torch_eplb.policies.objectives import Objective
 
 __all__ = ["Search"]
 
@@ -101,31 +101,31 @@ class Search:
         self.slots = experts.reshape(-1).astype(np.int64)
         self.held = _held(experts, self.load.shape[1])
 
-    def value(self, judge: Judge) -> float:
+    def value(self, objective: Objective) -> float:
         """The mean over samples of PAR, as judged."""
-        return float(_value(self._pressure(judge), judge.softness))
+        return float(_value(self._pressure(objective), objective.softness))
 
-    def _pressure(self, judge: Judge) -> Floats:
+    def _pressure(self, objective: Objective) -> Floats:
         """``[P, samples]``; single precision is ample for comparing changes."""
-        weights: Floats = judge.weights(self.held).T.astype(np.float32) @ self.by_expert
+        weights: Floats = objective.weights(self.held).T.astype(np.float32) @ self.by_expert
         return weights
 
-    def run(self, judge: Judge, target: float, steps: int) -> int:
+    def run(self, objective: Objective, target: float, steps: int) -> int:
         """Make changes while they pay and the value is above ``target``.
 
         Returns how many of the ``steps`` were used: an answer below ``steps`` means that nothing
         more pays.
         """
-        pressure = self._pressure(judge)
+        pressure = self._pressure(objective)
         for step in range(steps):
-            value = float(_value(pressure, judge.softness))
-            changes = self._candidates(judge, pressure) if value > target else None
+            value = float(_value(pressure, objective.softness))
+            changes = self._candidates(objective, pressure) if value > target else None
             if changes is None:
                 return step
-            delta = self._deltas(judge, changes)
+            delta = self._deltas(objective, changes)
             cost = self._costs(changes)
-            net = self._nets(value, pressure, delta, cost, judge.softness)
-            made = self._make(changes, delta, cost, net, pressure, judge.softness)
+            net = self._nets(value, pressure, delta, cost, objective.softness)
+            made = self._make(changes, delta, cost, net, pressure, objective.softness)
             if made is None:
                 return step
             pressure = made
@@ -163,7 +163,7 @@ class Search:
             net = self._nets(value, pressure, delta[:, order], cost[order], softness)
         return made
 
-    def _candidates(self, judge: Judge, pressure: Floats) -> _Changes | None:
+    def _candidates(self, objective: Objective, pressure: Floats) -> _Changes | None:
         top = pressure.max(axis=0)
         over = top > 1.0 + _LEAST
         if not over.any():
@@ -172,7 +172,7 @@ class Search:
         weight = np.exp((pressure[:, over] - top[over]) * np.float32(1 / _NEARLY))
         weight[weight < 0.05] = 0.0
         pressed = np.flatnonzero(weight.any(axis=1))
-        add, remove, move = judge.slopes(
+        add, remove, move = objective.slopes(
             self.held, weight[pressed] @ self.load[over], pressed, self.slots, self.ranks
         )
         free = self.held == 0
@@ -219,11 +219,11 @@ class Search:
         second_after[index[swap], changes.via[swap]] = 1.0
         return first, first_after, second, second_after
 
-    def _deltas(self, judge: Judge, changes: _Changes) -> Floats:
+    def _deltas(self, objective: Objective, changes: _Changes) -> Floats:
         """``[P, K, samples]``: how each change changes the pressures."""
         rows = np.concatenate(self._rows(changes))
         before_first, after_first, before_second, after_second = np.split(
-            judge.weights(rows).T.astype(np.float32), 4, axis=1
+            objective.weights(rows).T.astype(np.float32), 4, axis=1
         )
         delta = (after_first - before_first)[:, :, None] * self.by_expert[changes.first]
         delta += (after_second - before_second)[:, :, None] * self.by_expert[changes.second]

@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torch_eplb.policies.batches import Replicas, level, solve_batches
+from torch_eplb.values.choices import REPLICA_CHOICES
 from torch_eplb.values.placement import Placement
 
 __all__ = [
-    "REPLICA_CHOICES",
     "as_samples",
     "batch_rank_loads",
     "even_split",
@@ -36,7 +36,6 @@ __all__ = [
 ]
 
 Floats = NDArray[np.float64]
-REPLICA_CHOICES = ("batch", "local", "table", "even")
 
 _DESCENT_STEPS = 40
 

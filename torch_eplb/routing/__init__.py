@@ -19,10 +19,9 @@ from torch_eplb.routing.intervals import (
 )
 from torch_eplb.routing.load import LoadCounters, SampleWindow
 from torch_eplb.routing.quotas import solve_quotas
-from torch_eplb.routing.tables import REPLICA_CHOICES, RoutingTables
+from torch_eplb.routing.tables import RoutingTables
 
 __all__ = [
-    "REPLICA_CHOICES",
     "DispatchPlan",
     "LoadCounters",
     "RoutingTables",

@@ -16,12 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from torch_eplb.values.choices import REPLICA_CHOICES
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Topology
 
-__all__ = ["CHOICE_LENGTH", "REPLICA_CHOICES", "RoutingTables", "spread"]
-
-REPLICA_CHOICES = ("batch", "local", "table", "even")
+__all__ = ["CHOICE_LENGTH", "RoutingTables", "spread"]
 
 CHOICE_LENGTH = 120
 """Entries per expert of a choice table: shares are kept to 1/120, and 2, 3, 4, 5, 6, 8, 10 or 12

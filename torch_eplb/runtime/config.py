@@ -4,53 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Config", "parse_bytes"]
+from torch_eplb.policies.flow import Knobs
+from torch_eplb.policies.registry import POLICIES
+from torch_eplb.values.choices import DISPATCHES, PHASES, REPLICA_CHOICES, DispatchKind
+from torch_eplb.values.sizes import parse_bytes
 
-DISPATCHES = ("all_to_all", "all_reduce", "external")
-REPLICA_CHOICES = ("batch", "local", "table", "even")
-PHASES = ("all", "prefill", "decode")
-
-_UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-}
-
-
-def parse_bytes(value: int | str, name: str = "value") -> int:
-    """Bytes from an int or from text with a unit.
-
-    >>> parse_bytes("64MiB"), parse_bytes("1.5 GB"), parse_bytes(4096)
-    (67108864, 1500000000, 4096)
-
-    Raises:
-        TypeError: neither int nor str.
-        ValueError: not a size, or negative.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise TypeError(f'{name} must be an int (bytes) or text like "64MiB", got {value!r}')
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-        unit = _UNITS.get(match.group(2).upper()) if match else None
-        if match is None or unit is None:
-            raise ValueError(
-                f"{name}={value!r} is not a size: write bytes as an int, or a number with one of "
-                "B, KB, MB, GB, KiB, MiB, GiB"
-            )
-        value = int(float(match.group(1)) * unit)
-    if value < 0:
-        raise ValueError(f"{name} must not be negative, got {value}")
-    return value
+__all__ = ["Config"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,9 +118,8 @@ class Config:
             ("nccl_max_ctas", 1),
         ):
             self._check_int(name, least)
-        for name in ("max_moves", "num_nodes"):
-            if getattr(self, name) is not None:
-                self._check_int(name, 1)
+        if self.num_nodes is not None:
+            self._check_int("num_nodes", 1)
         for name in ("staging_bytes", "bytes_per_step"):
             value = getattr(self, name)
             if value is not None:
@@ -169,11 +131,8 @@ class Config:
         self._check_choice("phase", PHASES)
         self._check_replica_choice()
         self._check_policy()
-        self._check_number("min_gain", 0.0)
-        self._check_number("target_par", 1.0)
-        self._check_number("timeout", 0.0)
-        if not self.timeout > 0:
-            raise ValueError(f"timeout must be more than 0 seconds, got {self.timeout}")
+        Knobs.of(min_gain=self.min_gain, target_par=self.target_par, max_moves=self.max_moves)
+        self._check_timeout()
         for name in ("expert_map", "record_path", "record_map_path"):
             value = getattr(self, name)
             if value is not None:
@@ -188,42 +147,37 @@ class Config:
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
 
-    def _check_number(self, name: str, least: float) -> None:
-        value = getattr(self, name)
-        if value is None and name != "timeout":
-            return
+    def _check_timeout(self) -> None:
+        value = self.timeout
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-        if not least <= value < float("inf"):
-            raise ValueError(f"{name} must be a finite number of at least {least}, got {value}")
+            raise TypeError(f"timeout must be a number of seconds, got {value!r}")
+        if not 0 < value < float("inf"):
+            raise ValueError(f"timeout must be a finite number of more than 0 seconds, got {value}")
 
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+    def _check_choice(self, name: str, choices: Collection[str]) -> None:
         value = getattr(self, name)
         if value not in choices:
             raise ValueError(
                 f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}"
             )
 
+    @property
+    def dispatch_kind(self) -> DispatchKind:
+        """What ``dispatch`` means."""
+        return DISPATCHES[self.dispatch]
+
     def _check_replica_choice(self) -> None:
+        kind = self.dispatch_kind
         if self.replica_choice is None:
-            default = "local" if self.dispatch == "external" else "batch"
-            object.__setattr__(self, "replica_choice", default)
+            object.__setattr__(self, "replica_choice", kind.default_choice)
         self._check_choice("replica_choice", REPLICA_CHOICES)
-        if self.dispatch == "all_reduce" and self.replica_choice == "local":
+        reason = kind.refused.get(str(self.replica_choice))
+        if reason is not None:
             raise ValueError(
-                'replica_choice="local" with dispatch="all_reduce" would let ranks choose '
-                'different replicas of one token, which counts it twice; use "batch", "table" '
-                'or "even"'
-            )
-        if self.dispatch == "external" and self.replica_choice == "batch":
-            raise ValueError(
-                'replica_choice="batch" needs the counts of all ranks, which a layer with '
-                'dispatch="external" does not exchange with us; use "local", "table" or "even"'
+                f"replica_choice={self.replica_choice!r} with dispatch={self.dispatch!r} {reason}"
             )
 
     def _check_policy(self) -> None:
-        from torch_eplb.policies.registry import POLICIES
-
         if callable(self.policy):
             return
         if self.policy not in POLICIES:

@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from torch_eplb.comm.communicator import Planes, wait_for
+from torch_eplb.comm.communicator import Communicator, wait_for
 from torch_eplb.migration.progress import Migration
 from torch_eplb.planner.broadcast import decode_plan, encode_plan
 from torch_eplb.planner.messages import PlanReply
@@ -83,14 +83,14 @@ class RebalanceCycle:
     def __init__(
         self,
         config: Config,
-        planes: Planes,
+        comm: Communicator,
         counters: LoadCounters,
         migration: Migration,
         planner: Planner | None,
         write_map: Callable[[Placement], None] | None = None,
     ) -> None:
         self._config = config
-        self._planes = planes
+        self._comm = comm
         self._migration = migration
         self._planner = planner
         self._write_map = write_map
@@ -234,7 +234,7 @@ class RebalanceCycle:
         self.stalled = f"{self.stage.value} for {waited} steps"
         if self.stage is Stage.MIGRATE:
             self.stalled += f" (round {self._migration.round} of {len(self._migration.rounds)})"
-        logger.warning("rank %d: balancing makes no progress: %s", self._planes.rank, self.stalled)
+        logger.warning("rank %d: balancing makes no progress: %s", self._comm.rank, self.stalled)
 
     # ---- agreement ----------------------------------------------------------------------------
 
@@ -242,7 +242,7 @@ class RebalanceCycle:
         """Start telling the others what this rank has; read at the next boundary."""
         values = torch.tensor([self._progress, self._plan_words, -self._fault, step, -step])
         work = dist.all_reduce(
-            values, op=dist.ReduceOp.MIN, group=self._planes.control, async_op=True
+            values, op=dist.ReduceOp.MIN, group=self._comm.control, async_op=True
         )
         self._agreement = (values, work)
 
@@ -252,7 +252,7 @@ class RebalanceCycle:
             return _Agreed(0, _UNKNOWN, _OK)
         values, work = self._agreement
         self._agreement = None
-        wait_for(work, self._planes, "the agreement between ranks")
+        wait_for(work, self._comm, "the agreement between ranks")
         progress, plan_words, minus_fault, least, minus_most = values.tolist()
         if least != -minus_most:
             raise EPLBError(
@@ -265,7 +265,7 @@ class RebalanceCycle:
         """What all ranks now know: go on together."""
         if self.stage is Stage.SAMPLE and agreed.progress >= _SAMPLED:
             self._buffer = self._window.samples()
-            self._work = dist.all_reduce(self._buffer, group=self._planes.control, async_op=True)
+            self._work = dist.all_reduce(self._buffer, group=self._comm.control, async_op=True)
             self._enter(Stage.PLAN, step)
         elif self.stage is Stage.PLAN and agreed.plan_words != _UNKNOWN:
             self._receive_plan(agreed.plan_words, step)
@@ -281,8 +281,8 @@ class RebalanceCycle:
 
     def _arrived(self) -> bool:
         """Whether the collective in ``_work`` has finished; raises if it failed."""
-        if self._work is None or self._planes.fake or self._work.is_completed():
-            wait_for(self._work, self._planes, self.stage.value)
+        if self._work is None or self._comm.fake or self._work.is_completed():
+            wait_for(self._work, self._comm, self.stage.value)
             self._work = None
             return True
         return False
@@ -328,7 +328,7 @@ class RebalanceCycle:
         load, rank_load = split_samples(self._buffer, self._num_experts)
         if self._config.dispatch == "all_reduce":
             # Every rank counted the same tokens.
-            load, rank_load = load // self._planes.num_ranks, rank_load // self._planes.num_ranks
+            load, rank_load = load // self._comm.num_ranks, rank_load // self._comm.num_ranks
         recorded = load.sum(axis=(1, 2)) > 0
         if not recorded.any():
             self._plan_words = _NOTHING_RECORDED
@@ -346,8 +346,8 @@ class RebalanceCycle:
         self._buffer = torch.zeros(num_words, dtype=torch.int64)
         if self._words is not None:
             self._buffer.copy_(torch.from_numpy(self._words))
-        source = self._planes.global_ranks[0]
-        self._work = dist.broadcast(self._buffer, source, group=self._planes.control, async_op=True)
+        source = self._comm.global_ranks[0]
+        self._work = dist.broadcast(self._buffer, source, group=self._comm.control, async_op=True)
         self._enter(Stage.RECEIVE, step)
 
     def _read_plan(self) -> None:
@@ -362,7 +362,7 @@ class RebalanceCycle:
                 return
         except ValueError as error:
             reason = str(error)  # a log record with the error itself would keep the model alive
-            logger.error("rank %d cannot use the plan it got: %s", self._planes.rank, reason)
+            logger.error("rank %d cannot use the plan it got: %s", self._comm.rank, reason)
             self._fault = _PLAN_FAULT
         else:
             self.plan_seconds += self._reply.plan_seconds
@@ -419,7 +419,7 @@ class RebalanceCycle:
         migration = self._migration
         if self._reply is not None and not migration.repairing:
             self.rebalances += 1
-            if self._planes.rank == 0:
+            if self._comm.rank == 0:
                 rounds = migration.rounds[: migration.round]
                 logger.info(
                     "rebalance %d at step %d: PAR %.3f measured, %.3f predicted; %d experts moved "

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from torch_eplb.comm.communicator import Planes, device_of
+from torch_eplb.comm.communicator import Communicator, device_of
 from torch_eplb.files.expert_map import read_expert_map
 from torch_eplb.layers.experts import ExpertLayer, find_layers
 from torch_eplb.runtime.config import Config
@@ -37,7 +37,7 @@ class Setup:
 
     model: nn.Module
     config: Config
-    planes: Planes
+    comm: Communicator
     layers: list[ExpertLayer]
     placement: Placement
     topology: Topology
@@ -82,18 +82,18 @@ def prepare(
     except Exception as found:  # whatever it is, the other ranks must hear of it
         error = found
     timeout = inspected.config.timeout if inspected else Config().timeout
-    planes = Planes(group, inspected.device if inspected else torch.device("cpu"), timeout)
+    comm = Communicator(group, inspected.device if inspected else torch.device("cpu"), timeout)
     try:
-        planes.agree(_describe(model, inspected) if inspected else None, error)
+        comm.agree(_describe(model, inspected) if inspected else None, error)
         assert inspected is not None
-        planes.open_data_plane(inspected.config)
+        comm.open_data_plane(inspected.config)
     except BaseException:
-        planes.close()
+        comm.close()
         raise
     values = {f.name: getattr(inspected, f.name) for f in dataclasses.fields(_Inspected)}
     del values["device"]
     _wrapped.update(layer.module for layer in inspected.layers)
-    return Setup(model=model, planes=planes, **values)
+    return Setup(model=model, comm=comm, **values)
 
 
 def release(layers: list[ExpertLayer]) -> None:

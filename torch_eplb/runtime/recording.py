@@ -7,7 +7,7 @@ from collections import deque
 import torch
 import torch.distributed as dist
 
-from torch_eplb.comm.communicator import Planes, all_gather_single, wait_for
+from torch_eplb.comm.communicator import Communicator, all_gather_single, wait_for
 from torch_eplb.files.trace import TraceWriter
 from torch_eplb.routing.load import LoadCounters
 
@@ -24,20 +24,22 @@ class StepRecorder:
 
     Args:
         path: the trace to write, on rank 0.
-        planes: gives the control plane.
+        comm: gives the control plane.
         counters: the load counters.
         dispatch: with "all_reduce" all ranks hold the same tokens, so that one rank is the source.
     """
 
-    def __init__(self, path: str, planes: Planes, counters: LoadCounters, dispatch: str) -> None:
-        self._planes = planes
+    def __init__(
+        self, path: str, comm: Communicator, counters: LoadCounters, dispatch: str
+    ) -> None:
+        self._comm = comm
         self._counters = counters
-        self._sources = 1 if dispatch == "all_reduce" else planes.num_ranks
+        self._sources = 1 if dispatch == "all_reduce" else comm.num_ranks
         layers = counters.values.shape[0]
         self._previous = torch.zeros((layers, counters.num_experts), dtype=torch.int64)
         self._pending: deque[tuple[torch.Tensor, dist.Work | None]] = deque()
         self._writer: TraceWriter | None = None
-        if planes.rank == 0 or planes.fake:
+        if comm.rank == 0 or comm.fake:
             self._writer = TraceWriter(
                 path,
                 num_source_ranks=self._sources,
@@ -52,9 +54,9 @@ class StepRecorder:
         present = counted.to("cpu", copy=True)
         step = present - self._previous
         self._previous = present
-        gathered = step.new_empty((self._planes.num_ranks, *step.shape))
+        gathered = step.new_empty((self._comm.num_ranks, *step.shape))
         work = all_gather_single(
-            gathered.view(-1), step.view(-1), group=self._planes.control, async_op=True
+            gathered.view(-1), step.view(-1), group=self._comm.control, async_op=True
         )
         self._pending.append((gathered, work))
         self._write_finished(_MOST_PENDING)
@@ -62,10 +64,10 @@ class StepRecorder:
     def _write_finished(self, most_pending: int) -> None:
         while self._pending:
             gathered, work = self._pending[0]
-            done = work is None or self._planes.fake or work.is_completed()
+            done = work is None or self._comm.fake or work.is_completed()
             if not done and len(self._pending) <= most_pending:
                 return
-            wait_for(work, self._planes, "recording the load")
+            wait_for(work, self._comm, "recording the load")
             self._pending.popleft()
             if self._writer is not None and bool(gathered.any()):
                 self._writer.append(gathered[: self._sources].numpy())

@@ -113,8 +113,8 @@ class LayerMoves:
         self._content = old.reshape(-1).tolist()
         self._arrivals: list[list[int]] = [[] for _ in range(num_ranks)]
         self._free: list[list[int]] = [[] for _ in range(num_ranks)]
-        self._keepers: list[dict[int, int]] = [{} for _ in range(num_ranks)]  # expert -> slot
-        self._keeper_rank: dict[int, int] = {}
+        self._last_copies: list[dict[int, int]] = [{} for _ in range(num_ranks)]  # expert -> slot
+        self._last_copy_rank: dict[int, int] = {}
         self._wanting: dict[int, list[int]] = {}  # expert -> ranks
         self._holders: dict[int, list[int]] = {}  # expert -> its live slots
         self._committed: list[tuple[int, int]] = []  # (slot, expert) of the round being filled
@@ -130,7 +130,7 @@ class LayerMoves:
             if expert in self._wanting:
                 self._holders.setdefault(expert, []).append(slot)
         staying = set(old.reshape(-1)[~changed].tolist())
-        self._choose_keepers(departing, staying)
+        self._choose_last_copies(departing, staying)
 
     @property
     def done(self) -> bool:
@@ -162,10 +162,10 @@ class LayerMoves:
             self._holders[expert].append(slot)
         return bool(self._committed)
 
-    def _choose_keepers(self, departing: dict[int, list[int]], staying: set[int]) -> None:
-        """Sort departures into free ones and keepers.
+    def _choose_last_copies(self, departing: dict[int, list[int]], staying: set[int]) -> None:
+        """Sort departures into free ones and last copies.
 
-        Where an expert has several departing slots, its keeper goes where most departures are
+        Where an expert has several departing slots, its last copy goes where most departures are
         free: a rank without a free one can only turn together with others.
         """
         moving = [expert for expert in sorted(departing) if expert not in staying]
@@ -176,13 +176,13 @@ class LayerMoves:
             slot = max(departing[expert], key=lambda slot: len(self._free[slot // self._num_slots]))
             rank = slot // self._num_slots
             self._free[rank].remove(slot)
-            self._keepers[rank][expert] = slot
-            self._keeper_rank[expert] = rank
+            self._last_copies[rank][expert] = slot
+            self._last_copy_rank[expert] = rank
 
     def _receive_directly(self, builder: RoundBuilder) -> None:
         """Drain free departing slots and receive into them, one per rank in turn.
 
-        A keeper that becomes free on the way must stay live in this round: only slots that are
+        A last copy that becomes free on the way must stay live in this round: only slots that are
         free at the beginning are drained.
         """
         drainable = [list(slots) for slots in self._free]
@@ -207,17 +207,17 @@ class LayerMoves:
         free = frozenset(rank for rank in ranks if self._free[rank])
         stuck = [rank for rank in ranks if rank not in free and builder.can_send(rank, self._size)]
         edges = {
-            rank: [to for expert in self._keepers[rank] for to in self._wanting[expert]]
+            rank: [to for expert in self._last_copies[rank] for to in self._wanting[expert]]
             for rank in stuck
         }
         receivers = match_departures(stuck, edges, free) if stuck else {}
 
-        # Read from the keeper, whose rank was found able to send: what another copy's rank may
-        # still send can be spoken for by its own keeper.
+        # Read from the last copy, whose rank was found able to send: what another copy's rank may
+        # still send can be spoken for by its own last copy.
         given = {}
         for rank, to in receivers.items():
-            expert = next(e for e in self._keepers[rank] if to in self._wanting[e])
-            given[to] = (expert, self._keepers[rank][expert])
+            expert = next(e for e in self._last_copies[rank] if to in self._wanting[e])
+            given[to] = (expert, self._last_copies[rank][expert])
         for expert, _ in given.values():
             self._secure(expert)
         before = len(builder)
@@ -233,7 +233,7 @@ class LayerMoves:
     def _choose_arrival(self, builder: RoundBuilder, rank: int) -> tuple[int, int] | None:
         """The expert that ``rank`` had best receive now, and the slot to read it from.
 
-        Experts that are not secure come first, because that frees their keeper; then those that
+        Experts that are not secure come first, because that frees their last copy; then those that
         are cheapest to send. None if no source may send any more in this round.
         """
         best: tuple[tuple[bool, tuple[int, ...], int], int, int] | None = None
@@ -245,7 +245,7 @@ class LayerMoves:
                 ):
                     continue
                 cost = builder.sending_cost(source, rank)
-                key = (expert not in self._keeper_rank, cost, expert)
+                key = (expert not in self._last_copy_rank, cost, expert)
                 if best is None or (key, slot) < (best[0], best[2]):
                     best = key, expert, slot
         return None if best is None else best[1:]
@@ -264,7 +264,7 @@ class LayerMoves:
         builder.add(self._layer, expert, *ends, self._size, direct=direct)
 
     def _secure(self, expert: int) -> None:
-        """``expert`` arrives in this round: its keeper is free from here on."""
-        rank = self._keeper_rank.pop(expert, None)
+        """``expert`` arrives in this round: its last copy is free from here on."""
+        rank = self._last_copy_rank.pop(expert, None)
         if rank is not None:
-            self._free[rank].append(self._keepers[rank].pop(expert))
+            self._free[rank].append(self._last_copies[rank].pop(expert))

@@ -11,7 +11,7 @@ __all__ = ["match_departures"]
 def match_departures(
     left: Sequence[int], edges: Mapping[int, Sequence[int]], open_right: frozenset[int]
 ) -> dict[int, int]:
-    """Choose the ranks that may give up a keeper, and who receives it.
+    """Choose the ranks that may give up a last copy, and who receives it.
 
     Every rank of ``left`` is on both sides: it either idles, matched to itself, or is matched along
     an edge to the rank that receives what it gives up. A rank that receives must have a slot to
@@ -24,7 +24,7 @@ def match_departures(
 
     Args:
         left: ranks without a free departure, the most urgent first.
-        edges: of each rank in ``left``, the ranks that could receive one of its keepers. Ranks
+        edges: of each rank in ``left``, the ranks that could receive one of its last copies. Ranks
             that are neither in ``left`` nor in ``open_right`` are ignored.
         open_right: ranks that have a free departure; disjoint from ``left``.
 

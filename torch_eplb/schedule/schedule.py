@@ -6,13 +6,13 @@ Vocabulary of this file. Per layer, every slot that changes is a *departure* (of
 holds) and every expert that a rank newly holds is an *arrival*; a rank has as many of one as of
 the other, and any of its arrivals may take any of its departing slots. An expert is *secure* once
 it sits in a slot that will not change again. Of an expert that is not secure one departing slot is
-its *keeper*, which may be overwritten only in a round (or after one) in which the expert arrives
+its *last copy*, which may be overwritten only in a round (or after one) in which the expert arrives
 elsewhere. All other departures are *free*.
 
 Why one expert of staging is enough, without a single transfer beyond the minimum: draw an edge
-from the rank of every departure to a rank of an arrival, keepers to an arrival of the same expert,
-free ones to whatever is left. Ranks have as many edges out as in, so with idle edges from a rank
-to itself the graph is regular, and a regular bipartite multigraph falls apart into perfect
+from the rank of every departure to a rank of an arrival, last copies to an arrival of the same
+expert, free ones to whatever is left. Ranks have as many edges out as in, so with idle edges from a
+rank to itself the graph is regular, and a regular bipartite multigraph falls apart into perfect
 matchings (König, "Über Graphen und ihre Anwendung auf Determinantentheorie und Mengenlehre",
 Math. Ann. 77, 1916). One matching is one round: every rank receives one expert at most, long cycles
 over ranks turn all at once, and the rounds of a layer are as many as the busiest rank's arrivals.

@@ -152,7 +152,7 @@ class PlacementState:
                 num_slots=present.num_slots,
             )
         except ValueError as error:
-            if balancer._planes.rank == 0:
+            if balancer._comm.rank == 0:
                 logger.warning("the saved placement does not fit here and is ignored: %s", error)
             return
         move_to(balancer, saved)
@@ -172,7 +172,7 @@ class ExpertShards(torch.Tensor):
     def __init__(
         self, balancer: ExpertLoadBalancer, tensor: ExpertTensor, owners: NDArray[np.int64]
     ) -> None:
-        migration, rank = balancer._migration, balancer._planes.rank
+        migration, rank = balancer._migration, balancer._comm.rank
         self._live = tensor.live.detach()
         self._address = self._live.data_ptr()
         self._layer = tensor.layer
@@ -310,7 +310,7 @@ def move_to(balancer: ExpertLoadBalancer, wanted: Placement) -> None:
     except EPLBError as error:
         balancer._failure = str(error)
         raise
-    if balancer._planes.rank == 0:
+    if balancer._comm.rank == 0:
         moved = migration.experts_moved - before
         logger.info("the saved placement is restored: %d experts moved", moved)
 

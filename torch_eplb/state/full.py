@@ -80,7 +80,7 @@ def full_state_dict(
     balancer._catch_up()
     local = balancer.module.state_dict(prefix=prefix, keep_vars=True)
     experts = expert_tensors(balancer, local)
-    keep = not rank0_only or balancer._planes.rank == 0
+    keep = not rank0_only or balancer._comm.rank == 0
     result: OrderedDict[str, Any] = OrderedDict()
     if hasattr(local, "_metadata"):
         result._metadata = local._metadata  # type: ignore[attr-defined]
@@ -140,7 +140,7 @@ def load_full_state_dict(
     rest = OrderedDict(full)
     if hasattr(full, "_metadata"):
         rest._metadata = full._metadata  # type: ignore[attr-defined]
-    rank = balancer._planes.rank
+    rank = balancer._comm.rank
     for key, tensor in experts.items():
         if key in full:
             _write(tensor.live, full[key], balancer._migration.experts[tensor.layer, rank].tolist())
@@ -211,7 +211,7 @@ def _gather(
     device = torch.device("cpu") if cpu_offload else live.device
     result = empty_full(live, tensor.num_experts, device) if keep else None
     experts = migration.experts[tensor.layer]
-    gather_tensor(live, experts, migration.live[tensor.layer], balancer._planes, result, scratch)
+    gather_tensor(live, experts, migration.live[tensor.layer], balancer._comm, result, scratch)
     return result
 
 
@@ -271,10 +271,10 @@ def _loads_plainly(model: nn.Module) -> bool:
 
 def _agree(balancer: ExpertLoadBalancer, problems: list[str]) -> None:
     """Raise on every rank if one has a problem; each by itself where the groups are gone."""
-    planes = balancer._planes
-    everyone = {planes.rank: problems}
+    comm = balancer._comm
+    everyone = {comm.rank: problems}
     if not (balancer._closed or balancer._failed):
-        everyone = dict(enumerate(planes.gather_json(problems)))
+        everyone = dict(enumerate(comm.gather_json(problems)))
     found = {rank: texts for rank, texts in everyone.items() if texts}
     if not found:
         return

@@ -98,7 +98,7 @@ def load_pretrained(
         error = found
     _agree(balancer, error)
     assert checkpoint is not None
-    materialize(balancer.module, balancer._planes.device)
+    materialize(balancer.module, balancer._comm.device)
     tensors = _tensors(balancer)
     written: dict[int, str] = {}
     again = []
@@ -163,7 +163,7 @@ def _plan(
     experts = expert_tensors(balancer, tensors)
     items: list[Reading] = []
     wanted: list[tuple[str, int | None, int | None]] = []
-    rank = balancer._planes.rank
+    rank = balancer._comm.rank
     for key in sources:
         if key in experts:
             held = balancer._migration.experts[experts[key].layer, rank].tolist()
@@ -298,10 +298,10 @@ def _refuse(balancer: ExpertLoadBalancer, problems: list[str]) -> None:
 
 def _agree(balancer: ExpertLoadBalancer, error: Exception | None) -> None:
     """Raise this rank's error, or that another rank has one, before anything is written."""
-    planes = balancer._planes
+    comm = balancer._comm
     everyone: list[Any] = []
     if not (balancer._closed or balancer._failed):
-        everyone = planes.gather_json(error and str(error))
+        everyone = comm.gather_json(error and str(error))
     if error is not None:
         raise error
     failed = [f"rank {rank}: {text}" for rank, text in enumerate(everyone) if text]

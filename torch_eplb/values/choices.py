@@ -1,0 +1,92 @@
+"""The names of what can be chosen, each with what the rest of the package must know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+__all__ = [
+    "DISPATCHES",
+    "PHASES",
+    "REPLICA_CHOICES",
+    "DispatchKind",
+    "DispatchName",
+    "PhaseName",
+    "PolicyName",
+    "ReplicaChoice",
+]
+
+DispatchName: TypeAlias = Literal["all_to_all", "all_reduce", "external"]
+"""How tokens reach experts; see `torch_eplb.Config`."""
+
+ReplicaChoice: TypeAlias = Literal["batch", "local", "table", "even"]
+"""Which replica a token goes to; see `torch_eplb.Config`."""
+
+PhaseName: TypeAlias = Literal["all", "prefill", "decode"]
+"""Which steps are recorded."""
+
+PolicyName: TypeAlias = Literal["flow", "deepseek", "swift", "flashlb", "random", "static"]
+"""How placements are planned."""
+
+REPLICA_CHOICES: tuple[ReplicaChoice, ...] = get_args(ReplicaChoice)
+PHASES: tuple[PhaseName, ...] = get_args(PhaseName)
+
+
+@dataclass(frozen=True)
+class DispatchKind:
+    """What a way of bringing tokens to experts means for the rest.
+
+    Attributes:
+        name: as in ``dispatch=``.
+        shares_tokens: all ranks hold the same tokens. They must then choose the same replica of a
+            token, and one rank's counts are the counts of all.
+        communicates: it brings the tokens to the experts itself. Otherwise the layer does, expert
+            tensors may be sharded already, and forward needs no weights.
+        default_choice: the replica choice where none is asked for.
+        refused: replica choices that cannot be right with it, and why.
+    """
+
+    name: DispatchName
+    shares_tokens: bool
+    communicates: bool
+    default_choice: ReplicaChoice
+    refused: Mapping[str, str]
+
+
+DISPATCHES: dict[str, DispatchKind] = {
+    kind.name: kind
+    for kind in (
+        DispatchKind(
+            "all_to_all",
+            shares_tokens=False,
+            communicates=True,
+            default_choice="batch",
+            refused={},
+        ),
+        DispatchKind(
+            "all_reduce",
+            shares_tokens=True,
+            communicates=True,
+            default_choice="batch",
+            refused={
+                "local": (
+                    "would let ranks choose different replicas of one token, which counts it "
+                    'twice; use "batch", "table" or "even"'
+                )
+            },
+        ),
+        DispatchKind(
+            "external",
+            shares_tokens=False,
+            communicates=False,
+            default_choice="local",
+            refused={
+                "batch": (
+                    "needs the counts of all ranks, which a layer that dispatches by itself does "
+                    'not exchange with us; use "local", "table" or "even"'
+                )
+            },
+        ),
+    )
+}
