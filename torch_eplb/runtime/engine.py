@@ -30,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 from torch_eplb.comm.agreement import gather_json
 from torch_eplb.files.expert_map import write_expert_map
 from torch_eplb.layers.context import LayerContext
-from torch_eplb.layers.dispatch import Dispatch, make_dispatch
+from torch_eplb.layers.dispatch import BoundToRanks, Dispatch, make_dispatch
 from torch_eplb.layers.gather import gather_layer
 from torch_eplb.layers.position import Position, Progress
 from torch_eplb.migration.exchange import Exchange
@@ -65,7 +65,7 @@ class Life(enum.Enum):
     UNWRAPPED = "the model is as it was before wrapping"
 
 
-class Engine:
+class Engine(BoundToRanks):
     """The machinery of one wrapped model.
 
     Args:
