@@ -130,7 +130,8 @@ class LossDetector:
             who = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
         where = f" in round {round_index}" if round_index is not None else ""
         self.failure = PeerLostError(
-            f"{who} did not answer within {self._timeout:g} s during {what}{where}: {error}",
+            f"{who} died, or did not answer within {self._timeout:g} s, during {what}{where}: "
+            f"{error}",
             ranks=tuple(ranks),
             round_index=round_index,
         )
@@ -171,12 +172,14 @@ class LossDetector:
         self._store.set(f"alive/{self._rank}", json.dumps([self._told, sorted(gone)]))
         silent = []
         for rank in range(self._num_ranks):
-            if rank == self._rank or rank in gone:
+            if rank == self._rank:
                 continue
             said = self._store.get(f"alive/{rank}")
             incident, known = json.loads(said) if said else (0, [])
             gone.update(known)
-            if incident <= before:
+            if incident > before:
+                gone.discard(rank)  # it has noticed, too, and ended since
+            else:
                 silent.append(rank)
         return sorted(gone), [rank for rank in silent if rank not in gone]
 

@@ -10,6 +10,7 @@ import torch
 
 from torch_eplb.comm.communicator import Communicator
 from torch_eplb.layers.position import Position
+from torch_eplb.layers.roster import Roster
 from torch_eplb.routing import LoadCounters, RoutingTables
 
 __all__ = ["LayerContext", "Trips"]
@@ -26,12 +27,14 @@ class LayerContext:
         tables: routing tables of all layers, updated in place.
         counters: load counters of all layers, updated in place.
         position: where this rank is.
+        roster: the models of the group.
     """
 
     comm: Communicator
     tables: RoutingTables
     counters: LoadCounters
     position: Position
+    roster: Roster
 
 
 class Trips(Generic[_Trip]):
