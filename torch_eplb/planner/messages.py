@@ -1,15 +1,13 @@
 """What the serving process and its planner say to each other, as values and as frames.
 
-Everything that crosses is data: names, numbers and arrays. A policy crosses as its name, or, when a
-user's function can be imported from a module, as "module:qualname"; code never crosses.
+Everything that crosses is data: names, numbers and arrays; policies as in `references`. Code never
+crosses.
 `check_reply` is the gate in the serving process: nothing that a planner answers is used before it.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torch_eplb.planner.frames import Frame, FrameError, Kind, encode
+from torch_eplb.planner.references import from_reference, to_reference
 from torch_eplb.policies.registry import check_plan, make_policy
 from torch_eplb.schedule.schedule import Schedule, check_schedule
 from torch_eplb.values.placement import Placement
@@ -29,7 +28,6 @@ __all__ = [
     "Refusal",
     "Request",
     "check_reply",
-    "importable_name",
     "one_line",
 ]
 
@@ -87,13 +85,11 @@ class PlannerSettings:
         encode(self.to_frame())  # refuses what JSON cannot express, here and not in a restart
 
     def to_frame(self) -> Frame:
-        """The settings as a frame, which carries the policy if it is a name or importable."""
-        name = self.policy if isinstance(self.policy, str) else None
+        """The settings as a frame, which carries the policy if that can be named elsewhere."""
         return Frame(
             Kind.SETTINGS,
             {
-                "policy": name,
-                "policy_import": None if name else importable_name(self.policy),
+                "policy": to_reference(self.policy),
                 "policy_options": self.policy_options,
                 "num_ranks": self.topology.num_ranks,
                 "num_nodes": self.topology.num_nodes,
@@ -115,7 +111,7 @@ class PlannerSettings:
         """
         get = frame.fields.__getitem__
         return cls(
-            policy=get("policy") or _import(get("policy_import")),
+            policy=from_reference(get("policy")),
             policy_options=get("policy_options"),
             topology=Topology(get("num_ranks"), get("num_nodes"), get("num_expert_groups")),
             expert_bytes=tuple(frame.arrays["expert_bytes"].tolist()),
@@ -251,36 +247,10 @@ def check_reply(frame: Frame, request: Request, settings: PlannerSettings) -> Pl
     return PlanReply(answered, plan, schedule, seconds)
 
 
-def importable_name(policy: Any) -> str | None:
-    """ "module:qualname" when another interpreter can import the very same object, else None.
-
-    What lives in ``__main__``, lambdas, closures, partials and bound methods cannot.
-    """
-    module = getattr(policy, "__module__", None)
-    qualname = getattr(policy, "__qualname__", None)
-    if not (isinstance(module, str) and isinstance(qualname, str)) or module == "__main__":
-        return None
-    found: Any = sys.modules.get(module)
-    if getattr(found, "__spec__", None) is None:
-        return None  # made by hand: an import elsewhere would not find it
-    for part in qualname.split("."):
-        found = getattr(found, part, None)
-    return f"{module}:{qualname}" if found is policy else None
-
-
 def one_line(text: str) -> str:
     """Printable characters only, on one line, at most `MAX_CAUSE` of them."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * MAX_CAUSE]).split())
     return line if len(line) <= MAX_CAUSE else line[: MAX_CAUSE - 3] + "..."
-
-
-def _import(name: str) -> Callable[..., Any]:
-    module, _, qualname = name.partition(":")
-    found: Any = importlib.import_module(module)
-    for part in qualname.split("."):
-        found = getattr(found, part)
-    policy: Callable[..., Any] = found
-    return policy
 
 
 def _array(

@@ -32,9 +32,9 @@ from torch_eplb.planner.messages import (
     PlanReply,
     Refusal,
     Request,
-    importable_name,
     one_line,
 )
+from torch_eplb.planner.references import to_reference
 from torch_eplb.values.placement import Placement
 
 __all__ = ["PlanReply", "Planner", "PlannerFault", "PlannerSettings"]
@@ -63,9 +63,9 @@ class Planner:
     """Plans in the background; one request at a time.
 
     Policies that have a name, and callables that can be imported from a module other than
-    ``__main__``, run in a child interpreter. Other callables (lambdas, closures, what is defined in
-    a script or notebook) run in a daemon thread of this process and share its GIL; the interface is
-    the same.
+    ``__main__`` (see `references`), run in a child interpreter. Other callables (lambdas, closures,
+    what is defined in a script or notebook) run in a daemon thread of this process and share its
+    GIL; the interface is the same.
 
     Every request gets exactly one answer from `poll`, unless a newer one supersedes it: only the
     latest request counts, an older one's answer is dropped. After a fault that ended the planner it
@@ -201,8 +201,7 @@ class Planner:
         self._hand_over()
 
     def _new_host(self) -> Host:
-        policy = self._settings.policy
-        if isinstance(policy, str) or importable_name(policy) is not None:
+        if to_reference(self._settings.policy) is not None:
             return ProcessHost(self._settings, self._command)
         return ThreadHost(self._settings)
 
