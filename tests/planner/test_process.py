@@ -324,7 +324,7 @@ def test_it_works_from_programs_without_a_main_guard(tmp_path: Path, way: str) -
         shell = f"import code; code.InteractiveInterpreter().runsource({program!r}, '', 'exec')"
         printed = run_python("-c", shell, cwd=elsewhere)
     name = "__console__" if way == "interactive" else "__main__"
-    assert printed == f"main runs as {name}\nPlanReply  False\n"
+    assert printed == f"main runs as {name}\nReceivedPlan  False\n"
 
 
 def test_a_policy_of_the_main_program_runs_in_a_thread(tmp_path: Path) -> None:

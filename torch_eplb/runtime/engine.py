@@ -106,9 +106,8 @@ class Engine(BoundToRanks):
             if not setup.already_sharded:
                 layer.shard(experts.tolist())
         self.exchange = Exchange(self.layers, comm, setup.staging_bytes, config.verify)
-        self._planner = (
-            Planner(planner_settings(setup), timeout=config.timeout) if comm.leads else None
-        )
+        settings = planner_settings(setup)
+        self._planner = Planner(settings, timeout=config.timeout) if comm.leads else None
         self._committed: list[CommittedRound] = []
         self._migration = Migration(
             placement, self._tables, self.exchange, comm, self._committed.append
@@ -120,6 +119,7 @@ class Engine(BoundToRanks):
             self._counters,
             self._migration,
             self._planner,
+            settings.bounds,
             give_up=self._turn_off,
             write_map=self._map_writer(),
         )
