@@ -219,6 +219,52 @@ def test_an_importable_policy_runs_in_the_child(start, importable) -> None:
     assert planner.pid != os.getpid()
 
 
+THEIRS = """
+    import os, sys
+    class Algorithm:
+        @classmethod
+        def rebalance_experts(cls, weight, replicas, groups, nodes, gpus, *, factor):
+            assert "torch" not in sys.modules
+            raise RuntimeError(f"pid {os.getpid()}, {factor}, {weight.dtype}, {replicas, gpus}")
+"""
+
+
+def test_an_importable_function_with_deepseeks_signature_runs_in_the_child(
+    start, importable
+) -> None:
+    theirs = importable(THEIRS).Algorithm.rebalance_experts
+    planner = start(torch_eplb.from_rebalance_experts(theirs, factor=[1, "2"]))
+    cause = cause_of(ask(planner))
+    assert cause == f"policy raised RuntimeError: pid {planner.pid}, [1, '2'], float64, (12, 4)"
+    assert planner.pid != os.getpid()
+
+
+def test_a_function_with_deepseeks_signature_and_what_json_cannot_say_runs_in_a_thread(
+    start, importable
+) -> None:
+    theirs = importable(THEIRS.replace("assert", "#")).Algorithm.rebalance_experts
+    planner = start(torch_eplb.from_rebalance_experts(theirs, factor=1j))
+    assert planner.pid is None
+    assert f"pid {os.getpid()}, 1j, float64" in cause_of(ask(planner))
+
+
+def test_a_function_that_wants_tensors_gets_them_in_the_child(start, importable) -> None:
+    module = importable("""
+        import os
+        import torch
+        def rebalance_experts(weight: torch.Tensor, num_replicas, groups, nodes, gpus):
+            order = weight.sort(-1, descending=True).indices
+            phy2log = torch.cat((order, order[:, : num_replicas - order.shape[1]]), dim=1)
+            return phy2log, None, torch.tensor(os.getpid())
+    """)
+    planner = start(torch_eplb.from_rebalance_experts(module.rebalance_experts))
+    plan = plan_of(ask(planner)).plan
+    assert planner.pid is not None
+    hottest = np.sort(np.argsort(-LOAD.mean(axis=0), axis=1)[:, :4], axis=1)
+    for layer, counts in enumerate(plan.placement.replica_counts()):
+        assert np.flatnonzero(counts == 2).tolist() == hottest[layer].tolist()
+
+
 def test_a_closure_runs_in_a_thread_of_this_process(start) -> None:
     seen: list[str] = []
 
@@ -278,7 +324,7 @@ def test_it_works_from_programs_without_a_main_guard(tmp_path: Path, way: str) -
         shell = f"import code; code.InteractiveInterpreter().runsource({program!r}, '', 'exec')"
         printed = run_python("-c", shell, cwd=elsewhere)
     name = "__console__" if way == "interactive" else "__main__"
-    assert printed == f"main runs as {name}\nPlanReply  False\n"
+    assert printed == f"main runs as {name}\nReceivedPlan  False\n"
 
 
 def test_a_policy_of_the_main_program_runs_in_a_thread(tmp_path: Path) -> None:

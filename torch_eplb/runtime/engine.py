@@ -136,8 +136,9 @@ class Engine(BoundToRanks):
         if config.record_map_path is not None and comm.rank == 0:
             map_writer = MapWriter(str(config.record_map_path))
         self._map_writer = map_writer
+        settings = planner_settings(setup)
         if comm.leads:
-            self._planner = Planner(planner_settings(setup), timeout=config.timeout)
+            self._planner = Planner(settings, timeout=config.timeout)
         self._migration = Migration(
             placement, self._tables, self.exchange, comm, self._committed.append
         )
@@ -148,6 +149,7 @@ class Engine(BoundToRanks):
             self._counters,
             self._migration,
             self._planner,
+            settings.bounds,
             give_up=self._turn_off,
             write_map=map_writer,
         )
