@@ -250,7 +250,7 @@ def assert_same(found: Snapshot, expected: Snapshot) -> None:
 
 def test_json_lines_are_read_back_and_repeat_no_large_array(tmp_path: Path) -> None:
     path, source = tmp_path / "stats.jsonl", Running()
-    shots = [taken(Fresh()), taken(source, labels={"model": "large"})]
+    shots = [taken(Fresh()), taken(source)]
     shots.append(taken(source))
     source.window = (LOAD * 2, RANK_LOAD)
     shots.append(taken(source))
@@ -272,6 +272,22 @@ def test_json_lines_are_read_back_and_repeat_no_large_array(tmp_path: Path) -> N
     ]
     assert lines[0]["stats"]["par_measured"] == [None] * 3
     assert math.isnan(read_snapshots(path)[0].stats["par_measured"][0])
+
+
+def test_several_balancers_can_share_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "stats.jsonl"
+    draft = Running()
+    draft.window = (LOAD + 5, RANK_LOAD + 5)
+    shots = [taken(labels={"model": "large"}), taken(draft, labels={"model": "draft"})] * 2
+    exporter = JsonLinesExporter(path)
+    for shot in shots:
+        exporter.export(shot)
+    exporter.close()
+    for found, expected in zip(read_snapshots(path), shots, strict=True):
+        assert_same(found, expected)
+    assert ["load" in json.loads(line) for line in path.read_text().splitlines()] == [
+        True, True, False, False,
+    ]  # fmt: skip
 
 
 def test_a_file_is_continued_and_every_run_stands_for_itself(tmp_path: Path) -> None:
@@ -323,7 +339,7 @@ def test_a_line_that_is_being_written_is_left_for_later(tmp_path: Path) -> None:
         ('{"step": 1}\n', "no 'torch_eplb'"),
         ('{"torch_eplb": 1, "time": 0, "rank": 0}\n', "no 'stats'"),
         ('{"torch_eplb": 1, "time": 0, "rank": 0, "stats": {"step": 1}}\n', "no 'stage'"),
-        ('{"torch_eplb": 1, "load": [[1, -1]]}\n', "an array is int64 of the shape"),
+        ('{"torch_eplb": 1, "rank": 0, "load": [[1, -1]]}\n', "an array is int64 of the shape"),
         ("[" * 100000 + "\n", "holds a line that is no snapshot"),
     ],
 )

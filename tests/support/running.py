@@ -64,7 +64,7 @@ class Fresh(Running):
         nothing = [math.nan] * LAYERS
         super().__init__(
             window=False, step=3, rebalances=0, placement_version=0, experts_moved=0,
-            par_measured=nothing, par_predicted=nothing,
+            par_measured=nothing, par_predicted=nothing, plans_failed=0, planner_restarts=0,
         )  # fmt: skip
 
 

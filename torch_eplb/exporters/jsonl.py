@@ -2,7 +2,7 @@
 
 A line is an object with ``torch_eplb`` (the format's version), ``time``, ``rank``, ``labels`` and
 ``stats``; arrays that are large (``placement``, ``load``, ``rank_load``) are in a line only if they
-differ from those of the line before. NaN is null.
+differ from those of the line before of the same rank and labels. NaN is null.
 
 Imports numpy only.
 """
@@ -50,7 +50,7 @@ class JsonLinesExporter:
         self._path = check_target(path, "snapshots")
         self._max_bytes = max_bytes
         self._file: BinaryIO | None = None
-        self._written: dict[str, Any] = {}
+        self._written: dict[tuple[Any, ...], NDArray[Any]] = {}
         self._open()
 
     def _open(self) -> None:
@@ -86,10 +86,11 @@ class JsonLinesExporter:
         }
         for name in _ARRAYS:
             array = getattr(snapshot, name)
-            before = self._written.get(name)
+            key = (name, *snapshot.key)
+            before = self._written.get(key)
             if array is not None and (before is None or not np.array_equal(before, array)):
                 record[name] = array.tolist()
-                self._written[name] = np.array(array)
+                self._written[key] = np.array(array)
         return json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
     def close(self) -> None:
@@ -119,7 +120,7 @@ class SnapshotLines:
         self._path = os.fspath(path)
         self._offset = 0
         self._inode = -1
-        self._last: dict[str, NDArray[Any]] = {}
+        self._last: dict[tuple[Any, ...], dict[str, NDArray[Any]]] = {}
 
     def read(self) -> Iterator[Snapshot]:
         """Snapshots since the last call; a line that is still being written is left for later."""
@@ -140,21 +141,18 @@ class SnapshotLines:
             record = json.loads(line)
             if record["torch_eplb"] != _VERSION:
                 raise ValueError(f"version {record['torch_eplb']!r}")
+            rank = int(record["rank"])
+            labels = {str(k): str(v) for k, v in record.get("labels", {}).items()}
+            arrays = self._last.setdefault((rank, *sorted(labels.items())), {})
             for name in _ARRAYS:
                 if name in record:
-                    self._last[name] = _matrix(record[name], 3 if name == "placement" else 2)
+                    arrays[name] = _matrix(record[name], 3 if name == "placement" else 2)
             stats = dict(record["stats"])
             stats["step"], stats["stage"]
             for name in ("par_measured", "par_predicted", "par_now"):
                 if stats.get(name) is not None:
                     stats[name] = [math.nan if v is None else float(v) for v in stats[name]]
-            return Snapshot(
-                float(record["time"]),
-                int(record["rank"]),
-                stats,
-                **self._last,
-                labels={str(k): str(v) for k, v in record.get("labels", {}).items()},
-            )
+            return Snapshot(float(record["time"]), rank, stats, **arrays, labels=labels)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The command line: ``python -m torch_eplb simulate | plan | plot | convert``.
+"""The command line: ``python -m torch_eplb simulate | plan | plot | convert | watch | report``.
 
 Results go to stdout, progress and errors to stderr. Wrong input is one line and exit status 2.
 """
@@ -14,15 +14,18 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from torch_eplb.exporters.jsonl import read_snapshots
 from torch_eplb.files.engines import PLAIN_KINDS
 from torch_eplb.files.expert_map import write_expert_map
 from torch_eplb.files.paths import atomic_write, check_target
 from torch_eplb.files.trace import read_load, read_trace, window_samples
 from torch_eplb.offline.convert import TARGETS, Options, convert
 from torch_eplb.offline.cost import HARDWARE, CostModel
+from torch_eplb.offline.page import page, runs_of
 from torch_eplb.offline.progress import progress_bar
 from torch_eplb.offline.replay import NO_BALANCING, Settings
 from torch_eplb.offline.simulate import simulate
+from torch_eplb.offline.watch import watch
 from torch_eplb.policies.registry import POLICIES, check_plan, make_policy
 from torch_eplb.policies.split import even_split, par, rank_loads
 from torch_eplb.values.choices import REPLICA_CHOICES
@@ -104,6 +107,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_convert_options(command)
     command.set_defaults(run=_convert)
+
+    command = commands.add_parser("watch", help="a running balancer as a live table")
+    command.add_argument(
+        "source", metavar="URL|FILE", help="Prometheus endpoint, or file of JSON lines"
+    )
+    command.add_argument("--interval", type=float, default=2.0, metavar="S", help="seconds; 2")
+    command.add_argument("--once", action="store_true", help="draw once and stop")
+    command.set_defaults(run=_watch)
+
+    command = commands.add_parser("report", help="a run's JSON lines as one HTML page")
+    command.add_argument("stats", nargs="+", metavar="STATS.jsonl", help="a file per rank")
+    command.add_argument("--out", required=True, metavar="PAGE.html", help="file to write")
+    command.add_argument(
+        "--label", action="append", default=[], metavar="KEY=VALUE",
+        help="only snapshots with this label, where files hold several balancers",
+    )  # fmt: skip
+    command.set_defaults(run=_report)
     return parser
 
 
@@ -352,3 +372,16 @@ def _convert(arguments: argparse.Namespace) -> None:
         drop_empty_layers=arguments.drop_empty_layers,
     )
     print(convert(arguments.sources, arguments.out, options))
+
+
+def _watch(arguments: argparse.Namespace) -> None:
+    watch(arguments.source, interval=arguments.interval, once=arguments.once)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    check_target(arguments.out, "page")
+    snapshots = [taken for path in arguments.stats for taken in read_snapshots(path)]
+    text = page(runs_of(snapshots, arguments.label))
+    with atomic_write(arguments.out, "page") as file:
+        file.write(text.encode())
+    print(arguments.out)
