@@ -106,7 +106,7 @@ def loaded(rank: int, world_size: int, options: dict[str, Any]) -> int:
             keys = balancer.load_state_dict(new.state_dict())
             assert not keys.missing_keys
             assert not keys.unexpected_keys
-            assert not balancer._migration.in_flight
+            assert not balancer.engine._migration.in_flight
             assert_every_slot(balancer, new, rank)
             assert_same(balancer.state_dict(), new.state_dict())
             # Balancing goes on, with the new weights.

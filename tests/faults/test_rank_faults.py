@@ -70,8 +70,8 @@ def lose_a_rank(rank: int, world_size: int, how: int, dispatch: str) -> dict[str
 
     def in_the_middle_of_a_round() -> bool:
         # Not yet reported as finished, so that the others cannot have committed it either.
-        migration = balancer._migration
-        unfinished = balancer._cycle._progress <= _ROUNDS + migration.round
+        migration = balancer.engine._migration
+        unfinished = balancer.engine._cycle._progress <= _ROUNDS + migration.round
         return balancer.stats().rebalances > 0 and migration.in_flight and unfinished
 
     def serve_until_a_rank_is_lost() -> None:
@@ -86,7 +86,7 @@ def lose_a_rank(rank: int, world_size: int, how: int, dispatch: str) -> dict[str
     with torch.no_grad(), pytest.raises(torch_eplb.PeerLostError) as caught:
         serve_until_a_rank_is_lost()
     assert 1 in caught.value.ranks
-    assert caught.value.round_index == balancer._migration.round
+    assert caught.value.round_index == balancer.engine._migration.round
     assert f"in round {caught.value.round_index}" in str(caught.value)
     # The live slots hold what the last committed placement says; what was lost can be replaced.
     experts = original.experts if dispatch == "external" else [x.experts for x in original.layers]

@@ -50,3 +50,8 @@ class Stats:
     rebalances_abandoned: int
     stalled: str | None
     disabled: str | None
+
+    def why_not(self) -> dict[str, str]:
+        """What keeps the model from being balanced, by the attribute that says so."""
+        reasons = {"stalled": self.stalled, "disabled": self.disabled}
+        return {name: reason for name, reason in reasons.items() if reason is not None}
