@@ -6,12 +6,13 @@ import gc
 import logging
 import threading
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 from support.running import Collected, Running
 
-from torch_eplb.exporters import Snapshot, attach
+from torch_eplb.exporters import JsonLinesExporter, Snapshot, attach
 
 
 class Signalling(Collected):
@@ -114,6 +115,18 @@ def test_an_exporter_that_fails_is_said_once_and_tried_again(
             wait(exporter.came)
     warnings = [record.getMessage() for record in caplog.records]
     assert warnings == ["exporting to Failing failed: OSError('disk full')"]
+
+
+def test_it_ends_in_silence_when_the_exporter_was_closed_before_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    exporter, source = JsonLinesExporter(tmp_path / "stats.jsonl"), Running()
+    exporter.close()
+    with caplog.at_level(logging.WARNING, "torch_eplb"):
+        attachment = attach(source, exporter, every=0.01)
+        attachment._thread.join(30)
+    assert attachment.closed
+    assert caplog.records == []
 
 
 def test_a_balancer_that_fails_to_answer_does_not_end_the_thread() -> None:

@@ -94,7 +94,8 @@ def attach(
 ) -> Attachment:
     """Exports snapshots of a balancer from a thread, until it is closed or gone.
 
-    The first snapshot is taken at once, the last one when the balancer or the attachment is closed.
+    The first snapshot is taken at once, the last one when the balancer or the attachment is closed;
+    so close the attachment before the exporter.
     A balancer that is dropped is not kept alive. After a fork the copy has no such thread.
 
     Args:
@@ -138,6 +139,8 @@ def _run(
             taken = _take(source, rank, labels)
             if taken is None:
                 return
+            if getattr(exporter, "closed", False):
+                return  # before its attachment: there is nothing to tell it any more
             ended = stopped or taken.stats["stage"] == "closed"
             if every.steps is not None and not ended and taken.stats["step"] < due_step:
                 continue

@@ -93,6 +93,11 @@ class JsonLinesExporter:
                 self._written[key] = np.array(array)
         return json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._file is None
+
     def close(self) -> None:
         """Closes the file. Idempotent."""
         if self._file is not None:
