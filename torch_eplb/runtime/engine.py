@@ -446,6 +446,10 @@ class Engine(BoundToRanks):
         experts = self._counters.num_experts
         return values[:, :experts].copy(), values[:, experts:].copy()
 
+    def window_load(self) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        """All ranks' tokens of the last window; what the host knows, so it waits for nothing."""
+        return self._cycle.window_load
+
     def stats(self) -> Stats:
         """State and totals since wrapping."""
         self._notice_loss()
