@@ -179,8 +179,11 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
         return self.engine.stats()
 
     def window_load(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Tokens of the last collection window over all ranks: int64 ``[layers, experts]`` by logical
-        expert, ``[layers, ranks]`` by the rank chosen; None before the first one. Waits for nothing.
+        """All ranks' tokens in the last collection window, or None before the first one.
+
+        Returns:
+            int64 ``[layers, experts]`` by logical expert, ``[layers, ranks]`` by the rank chosen.
+            Waits for nothing.
         """
         return self.engine.window_load()
 
