@@ -31,6 +31,7 @@ STATS = Stats(
     plans_failed=1,
     planner_restarts=2,
     rebalances_abandoned=0,
+    writes_failed=0,
     stalled=None,
     disabled=None,
 )
