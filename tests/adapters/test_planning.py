@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torch_eplb.adapters.planning import Planner, replica_tables, usable_placement
-from torch_eplb.policies import deepseek
+from torch_eplb.policies.rebalance import rebalance_experts
 from torch_eplb.policies.registry import make_policy
 from torch_eplb.policies.split import even_split, par, rank_loads
 from torch_eplb.values.placement import Placement
@@ -161,7 +161,7 @@ def test_what_does_not_fit_is_not_looked_at(table: Any) -> None:
 
 def test_the_three_tables_are_those_of_deepseeks_algorithm() -> None:
     weight = LOAD.sum(axis=0)
-    physical, logical, counts = deepseek.rebalance_experts(weight, RANKS * SLOTS, 1, 1, RANKS)
+    physical, logical, counts = rebalance_experts(weight, RANKS * SLOTS, 1, 1, RANKS)
     shaped = physical.reshape(LAYERS, RANKS, SLOTS)
     ours = replica_tables(Placement(shaped, EXPERTS, allow_duplicates=True))
     assert np.array_equal(ours[0], physical)
