@@ -44,28 +44,21 @@ def options_from(text: str) -> tuple[str, dict[str, Any]]:
 
 def vllm() -> None:
     """Entry point ``vllm.general_plugins``: vLLM, and vLLM-Ascend if it is installed."""
-    text = os.environ.get(VARIABLE)
-    if not text:
-        return
-    from torch_eplb.adapters import vllm as engine
-
-    policy, options = options_from(text)
-    engine.install(policy, **options)
-    logger.info("vLLM plans expert placements with torch_eplb: %s", text)
-    if importlib.util.find_spec("vllm_ascend") is not None:
-        from torch_eplb.adapters import vllm_ascend
-
-        vllm_ascend.install(policy, **options)
-        logger.info("vLLM-Ascend plans expert placements with torch_eplb: %s", text)
+    if _install("vLLM", "vllm") and importlib.util.find_spec("vllm_ascend") is not None:
+        _install("vLLM-Ascend", "vllm_ascend")
 
 
 def sglang() -> None:
     """Entry point ``sglang.srt.plugins``."""
+    _install("SGLang", "sglang")
+
+
+def _install(engine: str, adapter: str) -> bool:
+    """Install the adapter with what the variable says; whether there is one."""
     text = os.environ.get(VARIABLE)
     if not text:
-        return
-    from torch_eplb.adapters import sglang as engine
-
+        return False
     policy, options = options_from(text)
-    engine.install(policy, **options)
-    logger.info("SGLang plans expert placements with torch_eplb: %s", text)
+    importlib.import_module(f"torch_eplb.adapters.{adapter}").install(policy, **options)
+    logger.info("%s plans expert placements with torch_eplb: %s", engine, text)
+    return True
