@@ -241,7 +241,9 @@ class Engine(BoundToRanks):
             return
         for layer in self.layers:
             for name, tensor in zip(layer.tensor_names, layer.tensors(), strict=True):
-                if tensor.device != self.comm.device:
+                # A model that was closed may have been moved since.
+                elsewhere = tensor.device != self.comm.device
+                if tensor.is_meta or (elsewhere and self._life is Life.ON_META):
                     raise RuntimeError(
                         f"cannot {action}: {layer.name}.{name} is on the {tensor.device} device. "
                         "A model that was wrapped on the meta device gets its weights from "
