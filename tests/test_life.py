@@ -24,7 +24,7 @@ from support.models import Experts, ToyModel, skewed_batch
 
 import torch_eplb
 from torch_eplb.planner import worker
-from torch_eplb.planner.messages import PlannerSettings, PlanReply, Refusal, Request
+from torch_eplb.planner.messages import PlannerSettings, ReceivedPlan, Request, check_reply
 from torch_eplb.planner.process import PlannerFault
 from torch_eplb.runtime.cycle import Stage
 from torch_eplb.testing import fake_process_group
@@ -52,21 +52,26 @@ class PlannerOnDemand:
         self.settings = options
         self.restarts = 0
         self.asked: list[Request] = []
-        self.answers: deque[PlanReply | PlannerFault] = deque()
+        self.answers: deque[ReceivedPlan | PlannerFault] = deque()
 
     def submit(self, request_id: int, load: np.ndarray, placement: Placement) -> None:
         # Not this load, which depends on what the fake group leaves in memory.
         self.asked.append(Request(request_id, np.ones(load.shape), placement))
 
-    def poll(self) -> PlanReply | PlannerFault | None:
+    def poll(self) -> ReceivedPlan | PlannerFault | None:
         return self.answers.popleft() if self.answers else None
+
+    def refuse(self, request_id: int, cause: str) -> None:
+        assert request_id == self.asked[-1].request_id
+        self.restarts += 1
 
     def close(self) -> None:
         self.answers.clear()
 
-    def plan(self, request: Request) -> PlanReply:
-        reply = worker.answer(self.settings, request)
-        assert not isinstance(reply, Refusal), reply
+    def plan(self, request: Request) -> ReceivedPlan:
+        frame = worker.answer(self.settings, request).to_frame()
+        reply = check_reply(frame, request, self.settings)
+        assert isinstance(reply, ReceivedPlan), reply
         return reply
 
 
@@ -124,21 +129,21 @@ class Life(RuleBasedStateMachine):
 
     def wrap(self) -> None:
         self.balancer = balancer = torch_eplb.wrap(self.model, **self.options)
-        assert balancer._planner is not None
+        assert balancer.engine._planner is not None
         settings_ = dataclasses.replace(
-            balancer._planner._settings, policy="random", policy_options={}
+            balancer.engine._planner._settings, policy="random", policy_options={}
         )
-        balancer._planner.close()
+        balancer.engine._planner.close()
         self.planner = PlannerOnDemand(settings_)
-        balancer._planner = balancer._cycle._planner = self.planner  # type: ignore[assignment]
-        balancer._cycle._stall_limit = PATIENCE
+        balancer.engine._planner = balancer.engine._cycle._planner = self.planner  # type: ignore[assignment]
+        balancer.engine._cycle._stall_limit = PATIENCE
         # What never arrives is nothing, or hypothesis would see other routing in every run.
-        balancer._exchange._pool.zero_()
+        balancer.engine.exchange._pool.zero_()
         self.link_is_up, self.damaged, self.paused, self.phase = True, False, False, None
         self.steps, self.interrupted = 0, False
         self.stage = Stage.COLLECT
         self.addresses = self.memory()
-        exchange = balancer._exchange
+        exchange = balancer.engine.exchange
         finished, verified, wait = exchange.finished, exchange.verified, exchange.wait
 
         def wait_for_link() -> None:
@@ -154,10 +159,10 @@ class Life(RuleBasedStateMachine):
         exchange.verified = verified_unless_damaged  # type: ignore[method-assign]
 
     def memory(self) -> list[int]:
-        tables = self.balancer._tables
+        tables = self.balancer.engine._tables
         tensors = [
             tables.slots_LEM,
-            self.balancer._counters.values,
+            self.balancer.engine._counters.values,
             *self.model.state_dict().values(),
         ]
         return [tensor.data_ptr() for tensor in tensors]
@@ -174,7 +179,7 @@ class Life(RuleBasedStateMachine):
     lived = precondition(lambda self: self.steps >= 25)  # or most lives would be too short
 
     def forward(self) -> None:
-        open_, before = not self.balancer._closed, self.steps
+        open_, before = self.balancer.engine.is_open, self.steps
         if open_ and not self.interrupted:
             self.steps += 1
         self.interrupted = False
@@ -208,7 +213,7 @@ class Life(RuleBasedStateMachine):
             self.forward()
         handle.remove()
         self.interrupted = not (
-            late or self.options["dispatch"] == "external" or self.balancer._closed
+            late or self.options["dispatch"] == "external" or not self.balancer.engine.is_open
         )
 
     @wrapped
@@ -228,7 +233,7 @@ class Life(RuleBasedStateMachine):
         self.paused, self.phase = False, "decode"
         for _ in range(20):
             self.forward()
-            if self.balancer._migration.in_flight:
+            if self.balancer.engine._migration.in_flight:
                 self.link_is_up = not link_fails
                 break
             if self.planner.asked and self.stage is Stage.PLAN and not self.planner.answers:
@@ -269,7 +274,9 @@ class Life(RuleBasedStateMachine):
     def link_changes(self, up: bool) -> None:
         self.link_is_up = up
 
-    @precondition(lambda self: self.balancer is not None and self.balancer._migration.in_flight)
+    @precondition(
+        lambda self: self.balancer is not None and self.balancer.engine._migration.in_flight
+    )
     @rule()
     def transfer_is_damaged(self) -> None:
         self.damaged = True
@@ -281,9 +288,9 @@ class Life(RuleBasedStateMachine):
     def load_state_dict(self, seed: int) -> None:
         fresh = ToyModel(LAYERS, EXPERTS, seed=seed).state_dict()
         self.balancer.load_state_dict(fresh)
-        assert not self.balancer._migration.in_flight
+        assert not self.balancer.engine._migration.in_flight
         # What this rank holds is the new model's, in every slot.
-        experts = self.balancer.placement.experts[:, self.balancer._comm.rank]
+        experts = self.balancer.placement.experts[:, self.balancer.engine.comm.rank]
         for name, tensor in self.model.state_dict().items():
             layer = int(name.split(".")[1])
             index = torch.tensor(experts[layer]) if ".experts." in name else slice(None)
@@ -325,14 +332,14 @@ class Life(RuleBasedStateMachine):
     # ---- what always holds --------------------------------------------------------------------
 
     def check_stage(self) -> None:
-        before, self.stage = self.stage, self.balancer._cycle.stage
+        before, self.stage = self.stage, self.balancer.engine._cycle.stage
         allowed = {before, Stage.COLLECT} | FOLLOWS[before]
         assert self.stage in allowed, (before, self.stage)
 
     @wrapped
     @invariant()
     def placement_is_valid_every_expert_is_live_and_tables_match(self) -> None:
-        migration, tables = self.balancer._migration, self.balancer._tables
+        migration, tables = self.balancer.engine._migration, self.balancer.engine._tables
         assert self.balancer.placement == Placement(
             migration.experts, EXPERTS, allow_duplicates=True
         )
@@ -353,17 +360,17 @@ class Life(RuleBasedStateMachine):
     @wrapped
     @invariant()
     def stats_tell_what_is(self) -> None:
-        stats, cycle = self.balancer.stats(), self.balancer._cycle
+        stats, cycle = self.balancer.stats(), self.balancer.engine._cycle
         assert stats.step == self.steps
         assert stats.stage in {*(stage.value for stage in Stage), "closed"}
-        assert (stats.stage == "closed") == self.balancer._closed
+        assert (stats.stage == "closed") != self.balancer.engine.is_open
         assert stats.planner_restarts == self.planner.restarts
         assert stats.staging_bytes_peak <= stats.staging_bytes
-        in_flight = self.balancer._migration.in_flight
-        assert (self.balancer._comm.round_index is not None) == in_flight
+        in_flight = self.balancer.engine._migration.in_flight
+        assert (self.balancer.engine.comm.round_in_flight() is not None) == in_flight
         if stats.disabled is not None:
             assert "checksums twice in a row" in stats.disabled
-        elif not self.balancer._closed:
+        elif self.balancer.engine.is_open:
             others = cycle.stage not in (Stage.COLLECT, Stage.WAIT)
             overdue = others and self.steps - 1 - cycle._stage_start >= PATIENCE
             assert (stats.stalled is not None) == overdue

@@ -86,10 +86,10 @@ def record_operations(balancer: ExpertLoadBalancer) -> list[Operation]:
         for operation in operations:
             kind = "send" if operation.op is dist.isend else "receive"
             nbytes = operation.tensor.numel() * operation.tensor.element_size()
-            staged = balancer._exchange.is_staged(operation.tensor)
+            staged = balancer.engine.exchange.is_staged(operation.tensor)
             recorded.append(Operation(round_index, kind, operation.peer, nbytes, staged))
 
-    balancer._exchange.on_post = on_post
+    balancer.engine.exchange.on_post = on_post
     return recorded
 
 

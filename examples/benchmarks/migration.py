@@ -41,10 +41,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import torch_eplb
-from torch_eplb.comm.communicator import Communicator
+from torch_eplb.comm.communicator import make_communicator
 from torch_eplb.layers.experts import find_layers
 from torch_eplb.migration.exchange import Exchange
-from torch_eplb.runtime.config import Config
 from torch_eplb.schedule.schedule import make_schedule
 from torch_eplb.testing import Operation, record_operations, run_until
 from torch_eplb.values.placement import Placement
@@ -143,8 +142,8 @@ def measure_memory(device: torch.device, experts: int, direct: bool, times: int)
     full = [[tensor.clone() for tensor in layer.tensors()] for layer in layers]
     expert_bytes = layers[0].expert_bytes
     assert dist.group.WORLD is not None
-    comm = Communicator(dist.group.WORLD, device, 60.0)
-    comm.open_data_plane(Config())
+    comm = make_communicator(dist.group.WORLD, device, 60.0)
+    comm.open_data_plane(hccl_buffer_size=16, nccl_max_ctas=4)
     placement = Placement.initial(LAYERS, EXPERTS, RANKS, SLOTS)
     for layer, held in zip(layers, placement.experts[:, comm.rank], strict=True):
         layer.shard(held.tolist())

@@ -84,13 +84,13 @@ def save(rank: int, world_size: int, path: str) -> None:
         state = {"model": ShardedState(balancer), "placement": PlacementState(balancer)}
         dcp.save(state, checkpoint_id=path, planner=WatchingPlanner())
         # Nothing is gathered or copied before DCP asks for it, expert by expert.
-        live = {t.untyped_storage().data_ptr() for x in balancer._layers for t in x.tensors()}
+        live = {t.untyped_storage().data_ptr() for x in balancer.engine.layers for t in x.tensors()}
         assert set(written) == live
-        assert not balancer._migration.in_flight
+        assert not balancer.engine._migration.in_flight
         # Asynchronously: the weights may change as soon as the call has returned.
         serve_until(lambda: in_flight(balancer), balancer, rank)
         future = dcp.async_save({"model": ShardedState(balancer)}, checkpoint_id=path + ".async")
-        for tensor in balancer._layers[0].tensors():
+        for tensor in balancer.engine.layers[0].tensors():
             tensor.detach().zero_()
         future.result()
         # A state is good for as long as nothing has moved.

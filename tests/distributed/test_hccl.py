@@ -31,8 +31,8 @@ def serve_on_hccl(rank: int, world_size: int, store: str) -> None:
         # One group was made on HCCL, the data plane; the control plane stays off the device.
         options = hccl.created[made_before:]
         assert [o.hccl_config for o in options] == [{"hccl_buffer_size": 7}]
-        assert dist.get_backend(balancer._comm.data) == "hccl"
-        assert dist.get_backend(balancer._comm.control) == "gloo"
+        assert dist.get_backend(balancer.engine.comm.data) == "hccl"
+        assert dist.get_backend(balancer.engine.comm.control) == "gloo"
         step = 0
         with torch.no_grad():
             while balancer.stats().rebalances < 2:

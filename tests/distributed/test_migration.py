@@ -13,12 +13,11 @@ import torch.distributed as dist
 from support.ranks import run_ranks
 from torch import nn
 
-from torch_eplb.comm.communicator import Communicator
+from torch_eplb.comm.communicator import make_communicator
 from torch_eplb.layers.experts import ExpertLayer, byte_view, find_layers
 from torch_eplb.migration.exchange import Exchange, checksum
 from torch_eplb.migration.progress import Migration
 from torch_eplb.routing.tables import RoutingTables
-from torch_eplb.runtime.config import Config
 from torch_eplb.schedule.schedule import Schedule, make_schedule
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Plan, Topology
@@ -54,8 +53,8 @@ class World:
         self.layers: list[ExpertLayer] = find_layers(model)
         self.originals = [[t.clone() for t in layer.tensors()] for layer in self.layers]
         assert dist.group.WORLD is not None
-        self.comm = Communicator(dist.group.WORLD, torch.device("cpu"), 20.0)
-        self.comm.open_data_plane(Config())
+        self.comm = make_communicator(dist.group.WORLD, torch.device("cpu"), 20.0)
+        self.comm.open_data_plane(hccl_buffer_size=16, nccl_max_ctas=4)
         self.rank = self.comm.rank
         placement = Placement.initial(LAYERS, EXPERTS, world_size, slots)
         for layer, experts in zip(self.layers, placement.experts[:, self.rank], strict=True):
@@ -278,7 +277,7 @@ def checked_on_a_stream(rank: int, world_size: int, damage: bool) -> None:
     world.migration.post_round()
     assert device.side.waited_for == [device.main]
     if damage:
-        world.exchange._watcher.wait()
+        world.exchange._transfer.wait()
         with torch.inference_mode():
             world.exchange._received_sums[0][1][0][0] ^= 1
     world.migration.start_round()

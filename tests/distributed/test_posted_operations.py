@@ -15,10 +15,9 @@ from torch import nn
 
 import torch_eplb
 import torch_eplb.testing
-from torch_eplb.comm.communicator import Communicator
+from torch_eplb.comm.communicator import make_communicator
 from torch_eplb.layers.experts import ExpertLayer, find_layers
 from torch_eplb.migration.exchange import Exchange
-from torch_eplb.runtime.config import Config
 from torch_eplb.schedule.schedule import Schedule, make_schedule
 from torch_eplb.values.placement import Placement
 
@@ -50,8 +49,8 @@ class FakeRank:
         self.full = full
         self.layers: list[ExpertLayer] = find_layers(copy.deepcopy(full))
         assert dist.group.WORLD is not None
-        self.comm = Communicator(dist.group.WORLD, torch.device("cpu"), 10.0)
-        self.comm.open_data_plane(Config())
+        self.comm = make_communicator(dist.group.WORLD, torch.device("cpu"), 10.0)
+        self.comm.open_data_plane(hccl_buffer_size=16, nccl_max_ctas=4)
         for layer, experts in zip(self.layers, start.experts[:, self.comm.rank], strict=True):
             layer.shard(experts.tolist())
         staging = STAGED_EXPERTS * max(layer.expert_bytes for layer in self.layers)

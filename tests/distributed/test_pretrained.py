@@ -203,9 +203,9 @@ def into_meta_and_over(rank: int, world_size: int, folder: str, path: str) -> No
         # Over a model that has other weights and is moving them.
         balancer.load_state_dict(Masked(seed=6).state_dict())
         serve_until(lambda: in_flight(balancer), balancer, rank)
-        live = balancer._layers[0].tensors()[0]
+        live = balancer.engine.layers[0].tensors()[0]
         load_pretrained(balancer, folder, names=renamed)
-        assert balancer._layers[0].tensors()[0] is live
+        assert balancer.engine.layers[0].tensors()[0] is live
         assert_every_slot(balancer, new.inner, rank)
         torch.testing.assert_close(balancer(x), new(x), **CLOSE)
         # One rank's trouble is every rank's error, before anything is written.

@@ -14,7 +14,7 @@ from support.ranks import run_ranks
 
 import torch_eplb
 import torch_eplb.testing
-from torch_eplb.comm.communicator import WorkWatcher
+from torch_eplb.comm.transport import GlooTransfer
 
 DELAY = 5
 """Polls for which a slow link's transfers look unfinished."""
@@ -22,15 +22,15 @@ DELAY = 5
 
 def slow_down_the_link() -> None:
     """From now on every round's transfers look unfinished in this process, `DELAY` times."""
-    finished = WorkWatcher.finished
+    finished = GlooTransfer.finished
     polls: dict[int, Any] = {}
 
-    def late(self: WorkWatcher) -> bool:
+    def late(self: GlooTransfer) -> bool:
         # The counter keeps the watcher: an id may be used again otherwise.
         counter = polls.setdefault(id(self), (self, itertools.count()))[1]
         return next(counter) >= DELAY and finished(self)
 
-    WorkWatcher.finished = late  # type: ignore[method-assign]
+    GlooTransfer.finished = late  # type: ignore[method-assign]
 
 
 def serve_with_a_slow_rank(

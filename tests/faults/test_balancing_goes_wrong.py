@@ -22,7 +22,7 @@ from support.models import QUICK, ToyModel, skewed_batch
 from support.ranks import run_ranks
 
 import torch_eplb
-from torch_eplb.comm.communicator import WorkWatcher
+from torch_eplb.comm.transport import GlooTransfer
 from torch_eplb.planner import process
 from torch_eplb.runtime import cycle
 from torch_eplb.testing import fake_process_group
@@ -75,14 +75,14 @@ def strike(rank: int, world_size: int, how: str) -> dict[str, Any]:
             serve()
         assert said.lines == []
         if rank == 0 and how.startswith("SIG"):
-            assert balancer._planner is not None
-            balancer._planner._timeout = 1.0
-            os.kill(balancer._planner.pid, getattr(signal, how))  # type: ignore[arg-type]
+            assert balancer.engine._planner is not None
+            balancer.engine._planner._timeout = 1.0
+            os.kill(balancer.engine._planner.pid, getattr(signal, how))  # type: ignore[arg-type]
         while balancer.stats().plans_failed < 1:
             serve()
         before = balancer.stats()
-        if rank == 0 and balancer._planner is not None:
-            balancer._planner._timeout = 30.0
+        if rank == 0 and balancer.engine._planner is not None:
+            balancer.engine._planner._timeout = 30.0
         while balancer.stats().rebalances < before.rebalances + 2:
             serve()
     stats = balancer.stats()
@@ -126,11 +126,11 @@ def damaged_on_the_way(rank: int, world_size: int) -> tuple[list[str], int, int]
     calls = itertools.count()
     decode = cycle.decode_plan
 
-    def decode_damaged(words: Any, current: Any) -> Any:
+    def decode_damaged(words: Any, *others: Any) -> Any:
         if rank == 1 and next(calls) == 1:
             words = words.copy()
             words[-6] ^= 1  # the last transfer's expert
-        return decode(words, current)
+        return decode(words, *others)
 
     cycle.decode_plan = decode_damaged
     model = ToyModel()
@@ -166,8 +166,8 @@ def test_a_plan_that_is_never_ready_is_reported_and_applied_when_it_comes() -> N
     x = skewed_batch(12, 16, 0)
     with fake_process_group(2), torch.no_grad():
         balancer = torch_eplb.wrap(ToyModel(), **{**QUICK, "policy": policy})
-        assert balancer._cycle._stall_limit == 1000
-        balancer._cycle._stall_limit = 20
+        assert balancer.engine._cycle._stall_limit == 1000
+        balancer.engine._cycle._stall_limit = 20
         deadline = time.monotonic() + 30
         while balancer.stats().stage != "waiting for the plan":
             balancer(x)
@@ -191,7 +191,7 @@ def test_a_plan_that_is_never_ready_is_reported_and_applied_when_it_comes() -> N
 
 def damage_what_arrives(balancer: torch_eplb.ExpertLoadBalancer, times: int | None = None) -> None:
     """A bit flips in everything that this rank receives, in so many rounds."""
-    exchange = balancer._exchange
+    exchange = balancer.engine.exchange
     verified = exchange.verified
     damaged = itertools.count()
 
@@ -249,11 +249,11 @@ def closed_while_damaged(rank: int, world_size: int, overlap: bool, later: int) 
         x = skewed_batch(12, 16, rank)
         while balancer.stats().stage != "moving experts":
             balancer(x)
-        assert not balancer._migration.live.all()
+        assert not balancer.engine._migration.live.all()
         for _ in range(later):
             torch.testing.assert_close(balancer(x), reference(x), atol=1e-5, rtol=1e-4)
         balancer.close()
-        assert balancer._migration.live.all()
+        assert balancer.engine._migration.live.all()
         assert balancer.stats().disabled is None
         torch.testing.assert_close(balancer(x), reference(x), atol=1e-5, rtol=1e-4)
         assert torch.equal(balancer.unwrap()(x), reference(x))
@@ -270,8 +270,8 @@ def endless_round(rank: int, world_size: int) -> list[str]:
     """On rank 1 the transfers of a round look unfinished for as long as the flag says so."""
     said = Said()
     stuck = rank == 1
-    finished = WorkWatcher.finished
-    WorkWatcher.finished = lambda self: not stuck and finished(self)  # type: ignore[method-assign]
+    finished = GlooTransfer.finished
+    GlooTransfer.finished = lambda self: not stuck and finished(self)  # type: ignore[method-assign]
     model = ToyModel()
     reference = copy.deepcopy(model)
     balancer = torch_eplb.wrap(model, **QUICK)
@@ -284,7 +284,7 @@ def endless_round(rank: int, world_size: int) -> list[str]:
     with torch.no_grad():
         while balancer.stats().stage != "moving experts":
             serve()
-        balancer._cycle._stall_limit = 20
+        balancer.engine._cycle._stall_limit = 20
         for _ in range(19):
             serve()
             assert balancer.stats().stalled is None

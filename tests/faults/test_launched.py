@@ -36,7 +36,7 @@ try:
             step += 1
             if rank == 0 and not said and balancer.stats().rebalances >= 1:
                 said = True
-                print(os.getpid(), balancer._planner.pid, flush=True)
+                print(os.getpid(), balancer.engine._planner.pid, flush=True)
 except KeyboardInterrupt:
     os._exit(0)  # a server's own good manners
 """

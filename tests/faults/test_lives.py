@@ -36,7 +36,7 @@ def forked(rank: int, world_size: int, dispatch: str) -> int:
             balancer.state_dict,
             balancer.unwrap,
         ]
-        if not balancer._closed:
+        if balancer.engine.is_open:
             uses += [balancer.step, lambda: balancer.load_state_dict(reference.state_dict())]
         for refused in uses:
             with pytest.raises(torch_eplb.EPLBError, match=r"was forked from .* unwrap"):
@@ -47,10 +47,10 @@ def forked(rank: int, world_size: int, dispatch: str) -> int:
         balancer.close()
         with pytest.raises(torch_eplb.EPLBError, match="was forked from"):
             balancer(skewed_batch(12, 16, 0))
-        balancer._finalizer()
+        balancer.engine._give_groups_back()
 
     with torch.no_grad():
-        while not balancer._migration.in_flight:
+        while not balancer.engine._migration.in_flight:
             serve(1)
         in_fork(use)
         before = balancer.stats().rebalances
@@ -111,7 +111,7 @@ def drop(rank: int, world_size: int, times: int) -> tuple[dict[str, int], dict[s
         balancer = torch_eplb.wrap(model, **{**QUICK, "policy": policy})
         if number % 10 == 0:
             with torch.no_grad():
-                while not balancer._migration.in_flight:
+                while not balancer.engine._migration.in_flight:
                     balancer(skewed_batch(6, 16, rank))
         dist.barrier()
         del model, balancer

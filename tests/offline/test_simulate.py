@@ -230,7 +230,7 @@ def test_settings_that_cannot_be_replayed_are_refused(
 
 
 def test_the_shipped_trace_gives_the_published_numbers_without_balancing() -> None:
-    path = Path(__file__).parents[1] / "examples" / "data" / "trace.npz"
+    path = Path(__file__).parents[2] / "examples" / "data" / "trace.npz"
     assert path.stat().st_size < 2_000_000
     trace = read_trace(path)
     for redundant, expected in ((8, 1.2923), (16, 1.4077)):

@@ -72,8 +72,8 @@ class Life:
             for layer in model.layers:
                 layer.experts.__class__ = PhysicalExperts
         self.balancer = torch_eplb.wrap(model, **self.options)
-        if self.balancer._planner is not None:
-            self.balancer._planner._timeout = 3.0
+        if self.balancer.engine._planner is not None:
+            self.balancer.engine._planner._timeout = 3.0
         self.version = 0
         self.corrupt = False
         self.corrupted = 0
@@ -157,7 +157,7 @@ class Life:
 
     def check_slots(self) -> None:
         """Every live slot is its expert byte for byte, and only live slots get tokens."""
-        migration = self.balancer._migration
+        migration = self.balancer.engine._migration
         for index, layer in enumerate(self.reference.layers):
             original = layer.experts.state_dict()
             now = self.balancer.module.layers[index].experts.state_dict()
@@ -166,7 +166,7 @@ class Life:
                 if live[self.rank, slot]:
                     for name, tensor in now.items():
                         assert torch.equal(tensor[slot], original[name][experts[self.rank, slot]])
-            for expert, slots in enumerate(self.balancer._tables.slots_LEM[index].numpy()):
+            for expert, slots in enumerate(self.balancer.engine._tables.slots_LEM[index].numpy()):
                 used = slots[slots >= 0]
                 assert len(used)
                 assert live.reshape(-1)[used].all()
@@ -215,7 +215,7 @@ class Life:
 
     def strike_planner(self) -> None:
         number = self.chance.choice([signal.SIGKILL, signal.SIGSTOP])
-        planner = self.balancer._planner
+        planner = self.balancer.engine._planner
         if planner is not None and planner.pid is not None:
             os.kill(planner.pid, number)
             self.counts[f"here: fault: planner {number.name}"] += 1
@@ -225,7 +225,7 @@ class Life:
             self.corrupt = True
 
     def _let_transfers_be_corrupted(self) -> None:
-        exchange, migration = self.balancer._exchange, self.balancer._migration
+        exchange, migration = self.balancer.engine.exchange, self.balancer.engine._migration
         verified: Callable[[], bool] = exchange.verified
 
         def damaged() -> bool:
@@ -278,7 +278,7 @@ class Life:
     def load_weights(self) -> None:
         fresh = ToyModel(len(self.reference.layers), seed=self.chance.randrange(1000))
         self.counts["weight loads while a round was in flight"] += (
-            self.balancer._migration.in_flight
+            self.balancer.engine._migration.in_flight
         )
         self.balancer.load_state_dict(fresh.state_dict())
         self.reference = fresh

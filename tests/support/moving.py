@@ -50,7 +50,7 @@ def serve_until(condition: Any, balancer: torch_eplb.ExpertLoadBalancer, rank: i
 
 def in_flight(balancer: torch_eplb.ExpertLoadBalancer) -> bool:
     """A round is under way, and earlier ones have moved the placement away from the first."""
-    migration = balancer._migration
+    migration = balancer.engine._migration
     return migration.in_flight and migration.version > 0 and migration.round > 0
 
 
@@ -63,7 +63,7 @@ def assert_same(state: dict[str, Any], expected: dict[str, Any]) -> None:
 def assert_every_slot(balancer: torch_eplb.ExpertLoadBalancer, model: ToyModel, rank: int) -> None:
     """Also replicas of one expert, each by itself."""
     experts = balancer.placement.experts[:, rank]
-    for layer, reference, held in zip(balancer._layers, model.layers, experts, strict=True):
+    for layer, reference, held in zip(balancer.engine.layers, model.layers, experts, strict=True):
         for name, tensor in zip(layer.tensor_names, layer.tensors(), strict=True):
             assert torch.equal(tensor, getattr(reference.experts, name)[held.tolist()])
 

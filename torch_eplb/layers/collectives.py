@@ -1,4 +1,4 @@
-"""The collectives that bring tokens to experts and back, differentiable and with a time limit."""
+"""The collectives that bring tokens to experts and back, differentiable."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from torch_eplb.comm.communicator import Communicator, all_gather_single, wait_for
+from torch_eplb.comm.communicator import Communicator, all_gather_single
 
 __all__ = ["all_gather_counts", "exchange_counts", "exchange_rows", "share_input", "sum_output"]
 
@@ -17,7 +17,7 @@ def exchange_counts(counts_RS: torch.Tensor, comm: Communicator) -> torch.Tensor
     comm.check_process()
     received = torch.empty_like(counts_RS)
     work = dist.all_to_all_single(received, counts_RS, group=comm.group, async_op=True)
-    wait_for(work, comm, "the dispatch of tokens")
+    comm.wait_in_line(work)
     return received
 
 
@@ -26,28 +26,8 @@ def all_gather_counts(counts_E: torch.Tensor, comm: Communicator) -> torch.Tenso
     comm.check_process()
     gathered = counts_E.new_empty(comm.num_ranks * counts_E.numel())
     work = all_gather_single(gathered, counts_E, group=comm.group, async_op=True)
-    wait_for(work, comm, "the dispatch of tokens")
+    comm.wait_in_line(work)
     return gathered.view(comm.num_ranks, -1)
-
-
-def _all_to_all(
-    rows: torch.Tensor, send: list[int], receive: list[int], comm: Communicator
-) -> torch.Tensor:
-    comm.check_process()
-    received = rows.new_empty((sum(receive), *rows.shape[1:]))
-    if comm.fake:
-        # The fake backend moves nothing between ranks: what others would send stays zero (memory
-        # that nobody wrote may hold NaN), what this rank sends to itself arrives.
-        here, own = comm.rank, min(send[comm.rank], receive[comm.rank])
-        received.zero_()
-        first, start = sum(receive[:here]), sum(send[:here])
-        received[first : first + own] = rows[start : start + own]
-        return received
-    work = dist.all_to_all_single(
-        received, rows.contiguous(), receive, send, group=comm.group, async_op=True
-    )
-    wait_for(work, comm, "the dispatch of tokens")
-    return received
 
 
 class _ExchangeRows(torch.autograd.Function):
@@ -56,11 +36,11 @@ class _ExchangeRows(torch.autograd.Function):
         ctx: Any, rows: torch.Tensor, send: list[int], receive: list[int], comm: Communicator
     ) -> torch.Tensor:
         ctx.send, ctx.receive, ctx.comm = send, receive, comm
-        return _all_to_all(rows, send, receive, comm)
+        return comm.all_to_all(rows, send, receive)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return _all_to_all(grad, ctx.receive, ctx.send, ctx.comm), None, None, None
+        return ctx.comm.all_to_all(grad, ctx.receive, ctx.send), None, None, None
 
 
 def exchange_rows(
@@ -96,7 +76,7 @@ class _SumOutput(torch.autograd.Function):
         else:
             comm.check_process()
             work = dist.all_reduce(total, group=comm.group, async_op=True)
-            wait_for(work, comm, "the sum of the ranks' outputs")
+            comm.wait_in_line(work)
         return total
 
     @staticmethod

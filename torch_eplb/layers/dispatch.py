@@ -31,8 +31,8 @@ from torch_eplb.layers.collectives import (
     share_input,
     sum_output,
 )
+from torch_eplb.layers.context import LayerContext, Trips
 from torch_eplb.layers.experts import ExpertLayer
-from torch_eplb.layers.position import RoutingState
 from torch_eplb.routing import (
     choose_from_table,
     choose_locally,
@@ -40,6 +40,8 @@ from torch_eplb.routing import (
     order_by_id,
     plan_dispatch,
 )
+from torch_eplb.values.choices import DispatchKind, DispatchName
+from torch_eplb.values.errors import EPLBError
 
 _Hook = TypeVar("_Hook", bound=Callable[..., Any])
 
@@ -77,16 +79,21 @@ class BoundToRanks:
 
 
 class Dispatch(BoundToRanks):
-    """Hooks on one experts module. Subclasses say how tokens travel."""
+    """Hooks on one experts module. Subclasses say how tokens travel.
 
-    def __init__(self, layer: ExpertLayer, index: int, state: RoutingState) -> None:
+    Attributes:
+        returns: whether results are brought back after the module's forward.
+    """
+
+    returns = True
+
+    def __init__(self, layer: ExpertLayer, index: int, context: LayerContext) -> None:
         self.layer = layer
         self.index = index
-        self.state = state
-        self._handles = [
-            layer.module.register_forward_pre_hook(self.before, with_kwargs=True),
-            layer.module.register_forward_hook(self.after),
-        ]
+        self.context = context
+        self._handles = [layer.module.register_forward_pre_hook(self.before, with_kwargs=True)]
+        if self.returns:
+            self._handles.append(layer.module.register_forward_hook(self.after, with_kwargs=True))
 
     def remove(self) -> None:
         """Take the hooks off the module."""
@@ -98,8 +105,25 @@ class Dispatch(BoundToRanks):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         raise NotImplementedError
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def after(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
         raise NotImplementedError
+
+    def _call_roster(self) -> None:
+        """Where several models are wrapped: make sure that all ranks are in this one."""
+        self.context.roster.call(self.context.position.at(self.index))
+
+    def visit(self) -> None:
+        """Enter the layer without tokens, for other ranks that have some.
+
+        Raises:
+            EPLBError: the layer has not been called yet on this rank.
+        """
+        raise NotImplementedError
+
+    def _hidden_states(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        return self.layer.arguments.get(self.layer.spec.hidden_states, args, kwargs)
 
     def _read(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -127,17 +151,17 @@ class Dispatch(BoundToRanks):
 
     def _choose(self, ids_TK: torch.Tensor) -> torch.Tensor:
         """Physical ids ``[T, K]`` from this rank's own tokens; counts them."""
-        state, tables = self.state, self.state.tables
-        num_ranks = state.comm.num_ranks
+        tables, comm = self.context.tables, self.context.comm
+        num_ranks = comm.num_ranks
         hits_E = count_hits(ids_TK, self.layer.num_experts)
         if tables.choice_LEP is not None:
             physical_TK = choose_from_table(ids_TK, tables.choice_LEP[self.index])
         else:
             physical_TK = choose_locally(
-                ids_TK, hits_E, tables.slots_LEM[self.index], num_ranks, state.num_slots
+                ids_TK, hits_E, tables.slots_LEM[self.index], num_ranks, tables.num_slots
             )
-        sent_R = count_hits(physical_TK // state.num_slots, num_ranks)
-        state.counters.add(self.index, hits_E, sent_R)
+        sent_R = count_hits(physical_TK // tables.num_slots, num_ranks)
+        self.context.counters.add(self.index, hits_E, sent_R)
         return physical_TK
 
 
@@ -148,34 +172,39 @@ class AllToAll(Dispatch):
     compute them, and the weighted sum over K happens at home in a fixed order.
     """
 
-    def __init__(self, layer: ExpertLayer, index: int, state: RoutingState) -> None:
-        super().__init__(layer, index, state)
-        self._trip: _Trip | None = None
+    def __init__(self, layer: ExpertLayer, index: int, context: LayerContext) -> None:
+        super().__init__(layer, index, context)
+        self._trips: Trips[_Trip] = Trips(layer.name)
+        self._empty: tuple[torch.Tensor, ...] | None = None  # a call without tokens
 
     @_outside_graphs
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden_TH, ids_TK, weights_TK = self._read(args, kwargs)
+        self._call_roster()
+        if self._empty is None:
+            self._empty = tuple(x[:0].detach() for x in (hidden_TH, ids_TK, weights_TK))
         with torch.no_grad():
             order_N, send_RS, receive_RS, positions_R = self._route(ids_TK)
             *sizes, positions = torch.stack(
                 (send_RS.sum(1), receive_RS.sum(1), positions_R)
             ).tolist()
-            self.state.compare(positions, self.index)
+            self.context.position.compare(positions)
             num_received = sum(sizes[1])
-            slots = torch.arange(self.state.num_slots, device=ids_TK.device)
+            slots = torch.arange(self.context.tables.num_slots, device=ids_TK.device)
             local_ids = torch.repeat_interleave(
-                slots.repeat(self.state.comm.num_ranks),
+                slots.repeat(self.context.comm.num_ranks),
                 receive_RS.reshape(-1).to(ids_TK.device, non_blocking=True),
                 output_size=num_received,
             )
-        shape = self.layer.arguments.get(self.layer.spec.hidden_states, args, kwargs).shape
+        shape = self._hidden_states(args, kwargs).shape
         rows = hidden_TH.index_select(0, order_N // ids_TK.shape[1])
-        rows = exchange_rows(rows, sizes[0], sizes[1], self.state.comm)
-        self._trip = _Trip(order_N, sizes, weights_TK, shape)
+        rows = exchange_rows(rows, sizes[0], sizes[1], self.context.comm)
         ones = weights_TK.new_ones(num_received, 1)
-        return self._replace(args, kwargs, *_never_empty(rows, local_ids.view(-1, 1), ones))
+        rows, ids, ones = _never_empty(rows, local_ids.view(-1, 1), ones)
+        self._trips.begin(rows, _Trip(order_N, sizes, weights_TK, shape))
+        return self._replace(args, kwargs, rows, ids, ones)
 
     def _route(self, ids_TK: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The order in which choices are sent, how many go to and come for every slot, and where
@@ -184,10 +213,10 @@ class AllToAll(Dispatch):
         The order is on the device; for ``replica_choice="batch"`` the counts are on the host, where
         the split sizes are needed anyway.
         """
-        state, comm, tables = self.state, self.state.comm, self.state.tables
-        if state.replica_choice == "batch":
+        context, comm, tables = self.context, self.context.comm, self.context.tables
+        if tables.replica_choice == "batch":
             hits_E = count_hits(ids_TK, self.layer.num_experts)
-            position = state.enter(self.index)
+            position = context.position.enter(self.index)
             counts = all_gather_counts(pad(hits_E, (0, 1), value=position), comm).cpu()
             order_N, send_RS, receive_RS = plan_dispatch(
                 ids_TK,
@@ -195,26 +224,42 @@ class AllToAll(Dispatch):
                 comm.rank,
                 tables.host_slots_LEM[self.index],
                 comm.num_ranks,
-                state.num_slots,
+                tables.num_slots,
                 tables.topology.ranks_per_node,
             )
-            state.counters.add(self.index, hits_E, send_RS.sum(1).to(ids_TK.device))
+            context.counters.add(self.index, hits_E, send_RS.sum(1).to(ids_TK.device))
             return order_N, send_RS, receive_RS, counts[:, -1]
         physical_N = self._choose(ids_TK).view(-1)
-        send_RS = count_hits(physical_N, comm.num_ranks * state.num_slots)
-        send_RS = send_RS.view(comm.num_ranks, state.num_slots)
-        position = state.enter(self.index)
+        send_RS = count_hits(physical_N, comm.num_ranks * tables.num_slots)
+        send_RS = send_RS.view(comm.num_ranks, tables.num_slots)
+        position = context.position.enter(self.index)
         received = exchange_counts(pad(send_RS, (0, 1), value=position), comm)
         return order_by_id(physical_N), send_RS, received[:, :-1], received[:, -1]
 
+    def visit(self) -> None:
+        if self._empty is None:
+            raise EPLBError(
+                f"layer {self.layer.name} has not been called on this rank yet, so the size and "
+                "dtype of what the other ranks send are not known: make one forward on every rank "
+                "first, a warm-up say"
+            )
+        spec = self.layer.spec
+        assert spec.expert_weights is not None
+        names = (spec.hidden_states, spec.expert_ids, spec.expert_weights)
+        self.layer.module(**dict(zip(names, self._empty, strict=True)))
+
     @_outside_graphs
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        trip, self._trip = self._trip, None
-        if trip is None:
-            raise RuntimeError(f"layer {self.layer.name} returned without having been entered")
+    def after(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        trip = self._trips.end(self._hidden_states(args, kwargs))
         output = _without_padding(output, sum(trip.sizes[1]))
-        rows = exchange_rows(output, trip.sizes[1], trip.sizes[0], self.state.comm)
-        self.state.leave(self.index)
+        rows = exchange_rows(output, trip.sizes[1], trip.sizes[0], self.context.comm)
+        self.context.position.leave(self.index)
         back_N = torch.empty_like(trip.order_N)
         back_N[trip.order_N] = torch.arange(len(back_N), device=back_N.device)
         results_TKH = rows.index_select(0, back_N).view(*trip.weights_TK.shape, rows.shape[-1])
@@ -222,7 +267,7 @@ class AllToAll(Dispatch):
         return summed.to(output.dtype).view(*trip.shape[:-1], rows.shape[-1])
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Trip:
     """What `AllToAll` keeps from the way there for the way back."""
 
@@ -242,8 +287,10 @@ class AllReduce(Dispatch):
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        comm, num_slots = self.state.comm, self.state.num_slots
+        comm, num_slots = self.context.comm, self.context.tables.num_slots
         spec, arguments = self.layer.spec, self.layer.arguments
+        if not torch.compiler.is_compiling():
+            self._call_roster()
         ids = arguments.get(spec.expert_ids, args, kwargs)
         physical = self._choose(ids.flatten(0, -2)).view(ids.shape)
         local = physical - comm.rank * num_slots
@@ -258,10 +305,16 @@ class AllReduce(Dispatch):
             weights.masked_fill(foreign, 0.0),
         )
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    def after(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: torch.Tensor,
+    ) -> torch.Tensor:
         if not torch.compiler.is_compiling():
-            self.state.entered = True
-        return sum_output(output, self.state.comm)
+            self.context.position.exchanged()
+        return sum_output(output, self.context.comm)
 
 
 class CompactAllReduce(AllReduce):
@@ -270,37 +323,49 @@ class CompactAllReduce(AllReduce):
     Their number depends on the data, so it must reach the host, and graphs break here.
     """
 
-    def __init__(self, layer: ExpertLayer, index: int, state: RoutingState) -> None:
-        super().__init__(layer, index, state)
-        self._trip: tuple[torch.Tensor, torch.Size] | None = None
+    def __init__(self, layer: ExpertLayer, index: int, context: LayerContext) -> None:
+        super().__init__(layer, index, context)
+        self._trips: Trips[_Chosen] = Trips(layer.name)
 
     @_outside_graphs
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        comm, num_slots = self.state.comm, self.state.num_slots
+        comm, num_slots = self.context.comm, self.context.tables.num_slots
+        self._call_roster()
         hidden_TH, ids_TK, weights_TK = self._read(args, kwargs)
-        shape = self.layer.arguments.get(self.layer.spec.hidden_states, args, kwargs).shape
+        shape = self._hidden_states(args, kwargs).shape
         local_N = (self._choose(ids_TK) - comm.rank * num_slots).view(-1)
         chosen = ((local_N >= 0) & (local_N < num_slots)).nonzero().view(-1)
         tokens = chosen // ids_TK.shape[1]
         rows = share_input(hidden_TH, comm).index_select(0, tokens)
         weights = share_input(weights_TK, comm).reshape(-1)[chosen].view(-1, 1)
         rows, local_ids, weights = _never_empty(rows, local_N[chosen].view(-1, 1), weights)
-        self._trip = (tokens, shape)
+        self._trips.begin(rows, _Chosen(tokens, shape))
         return self._replace(args, kwargs, rows, local_ids, weights)
 
     @_outside_graphs
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        trip, self._trip = self._trip, None
-        if trip is None:
-            raise RuntimeError(f"layer {self.layer.name} returned without having been entered")
-        tokens, shape = trip
-        output = _without_padding(output, len(tokens))
-        summed = output.new_zeros((shape[:-1].numel(), output.shape[-1]))
-        summed = summed.index_add(0, tokens, output)
-        self.state.entered = True
-        return sum_output(summed, self.state.comm).view(*shape[:-1], output.shape[-1])
+    def after(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        chosen = self._trips.end(self._hidden_states(args, kwargs))
+        output = _without_padding(output, len(chosen.tokens))
+        summed = output.new_zeros((chosen.shape[:-1].numel(), output.shape[-1]))
+        summed = summed.index_add(0, chosen.tokens, output)
+        self.context.position.exchanged()
+        return sum_output(summed, self.context.comm).view(*chosen.shape[:-1], output.shape[-1])
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What `CompactAllReduce` keeps: the token of every local choice, and the inputs' shape."""
+
+    tokens: torch.Tensor
+    shape: torch.Size
 
 
 def _never_empty(
@@ -325,6 +390,8 @@ def _without_padding(output: torch.Tensor, num_rows: int) -> torch.Tensor:
 class External(Dispatch):
     """The layer dispatches by itself: logical ids are exchanged for physical ids, nothing else."""
 
+    returns = False
+
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -333,17 +400,19 @@ class External(Dispatch):
         physical = self._choose(ids.flatten(0, -2)).view(ids.shape).to(ids.dtype)
         return arguments.replace(args, kwargs, {spec.expert_ids: physical})
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return output
+
+def make_dispatch(
+    layer: ExpertLayer, index: int, context: LayerContext, kind: DispatchKind
+) -> Dispatch:
+    """Install the hooks of one layer."""
+    if kind.communicates:
+        layer.compute_locally(context.tables.num_slots)
+    return _classes(layer)[kind.name](layer, index, context)
 
 
-def make_dispatch(layer: ExpertLayer, index: int, state: RoutingState, dispatch: str) -> Dispatch:
-    """Install the hooks of one layer for ``dispatch`` ("all_to_all", "all_reduce", "external")."""
-    if dispatch == "external":
-        return External(layer, index, state)
-    layer.compute_locally(state.num_slots)
-    if dispatch == "all_to_all":
-        return AllToAll(layer, index, state)
-    if layer.spec.skips_sentinel:
-        return AllReduce(layer, index, state)
-    return CompactAllReduce(layer, index, state)
+def _classes(layer: ExpertLayer) -> dict[DispatchName, type[Dispatch]]:
+    return {
+        "all_to_all": AllToAll,
+        "all_reduce": AllReduce if layer.spec.skips_sentinel else CompactAllReduce,
+        "external": External,
+    }

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from torch_eplb.comm.communicator import Communicator, wait_for
+from torch_eplb.comm.communicator import Communicator
 from torch_eplb.layers.experts import ExpertLayer, byte_view
 
 __all__ = ["empty_full", "gather_layer", "gather_tensor"]
@@ -104,5 +104,5 @@ def empty_full(tensor: torch.Tensor, num_experts: int, device: torch.device) -> 
 
 def _finish(pending: list[dist.Work | None], comm: Communicator) -> None:
     for work in pending:
-        wait_for(work, comm, "gathering the experts")
+        comm.wait_in_line(work, "gathering the experts")
     pending.clear()

@@ -1,75 +1,96 @@
-"""What the hooks of all MoE layers share, and how ranks notice that they are not together."""
+"""Where this rank is, in which forward and how far, and how ranks notice that they are apart."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import enum
+from collections.abc import Sequence
 
-from torch_eplb.comm.communicator import Communicator
-from torch_eplb.routing import LoadCounters, RoutingTables
 from torch_eplb.values.errors import EPLBError
 
-__all__ = ["RoutingState"]
+__all__ = ["Position", "Progress"]
 
 
-@dataclass
-class RoutingState:
-    """What the hooks of all layers share.
+class Progress(enum.Enum):
+    """How far a forward has come."""
+
+    IDLE = "no forward is under way"
+    BEGUN = "nothing has been exchanged with other ranks"
+    BETWEEN_LAYERS = "others may wait for this rank in a layer that is to come"
+    PAST_LAYERS = "whatever is exchanged has been"
+
+
+class Position:
+    """The step clock of one rank.
+
+    Args:
+        num_layers: MoE layers of the model.
 
     Attributes:
-        comm: the process groups.
-        tables: routing tables of all layers, updated in place.
-        counters: load counters of all layers, updated in place.
-        replica_choice: see `torch_eplb.Config`.
-        num_slots: slots per rank.
-        step: the step under way; -1 where steps are no longer counted. Same on all ranks that
-            count.
-        entered: whether this rank has exchanged anything with the others in this step.
-        between_layers: whether it has, and other ranks may wait for it in a layer that is to come.
+        step: the forward to come, counted from 0: boundaries that this rank has passed.
+        counts: False where steps are no longer compared, because balancing has ended.
+        progress: of the forward under way. A forward in a compiled graph is not told from none.
         latest_step: the latest step in which another rank was met that was not in ours.
     """
 
-    comm: Communicator
-    tables: RoutingTables
-    counters: LoadCounters
-    replica_choice: str
-    num_slots: int
-    step: int = -1
-    entered: bool = False
-    between_layers: bool = False
-    latest_step: int = -1
+    def __init__(self, num_layers: int) -> None:
+        self._num_layers = num_layers
+        self.step = 0
+        self.counts = True
+        self.progress = Progress.IDLE
+        self.latest_step = -1
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether other ranks were met in a forward that this one has not made."""
+        return self.step <= self.latest_step
+
+    def at(self, layer: int) -> int:
+        """Where this rank is, in one integer that travels with its counts."""
+        return (self.step if self.counts else 0) * self._num_layers + layer
 
     def enter(self, layer: int) -> int:
-        """Exchange something from now on. Returns where this rank is, in one integer that travels
-        with its counts."""
-        self.entered = self.between_layers = True
-        return (self.step + 1) * self.tables.num_layers + layer
+        """Exchange something from now on; returns `at`."""
+        if self.progress is not Progress.IDLE:
+            self.progress = Progress.BETWEEN_LAYERS
+        return self.at(layer)
 
     def leave(self, layer: int) -> None:
         """The layer's results are back."""
-        self.between_layers = layer < self.tables.num_layers - 1
+        if layer == self._num_layers - 1:
+            self.exchanged()
 
-    def compare(self, positions: list[int], layer: int) -> None:
+    def exchanged(self) -> None:
+        """Something was exchanged, and nobody waits for anything now."""
+        if self.progress is not Progress.IDLE:
+            self.progress = Progress.PAST_LAYERS
+
+    def compare(self, positions: Sequence[int]) -> None:
         """Refuse to go on where ranks are not in the same layer of the same step.
 
         Otherwise, when an exception stopped a forward on one rank only, tokens would meet the
         experts of another layer.
 
+        Args:
+            positions: what `enter` returned, of every rank.
+
         Raises:
             EPLBError: on every rank, in the same exchange, before any token has travelled.
         """
-        steps = [position // self.tables.num_layers - 1 for position in positions]
-        layers = {position % self.tables.num_layers for position in positions}
+        steps = [position // self._num_layers - 1 for position in positions]
+        layers = {position % self._num_layers for position in positions}
         counted = {step for step in steps if step >= 0} or {-1}
-        if self.comm.fake or (len(layers) == 1 and len(counted) == 1):
+        if len(layers) == 1 and len(counted) == 1:
             return
         self.latest_step = max(steps)
         where = "; ".join(
-            f"rank {rank} in layer {position % self.tables.num_layers}"
+            f"rank {rank} in layer {position % self._num_layers}"
             + (f" of step {step}" if step >= 0 else "")
             for rank, (position, step) in enumerate(zip(positions, steps, strict=True))
         )
         raise EPLBError(
             f"ranks are not in the same forward: {where}. A forward has raised on some ranks only, "
-            "or was not made by every rank. Nothing was exchanged; go on with the next forward on "
-            "every rank"
+            "or was not made by every rank (a rank without work makes an empty one, or "
+            "balancer.idle_step()), or has skipped layers that only some inputs reach (give every "
+            "rank an input that does, a blank image say). Nothing was exchanged; go on with the "
+            "next forward on every rank"
         )

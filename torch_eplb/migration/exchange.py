@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.distributed as dist
 
-from torch_eplb.comm.communicator import Communicator, WorkWatcher
+from torch_eplb.comm.communicator import Communicator
+from torch_eplb.comm.transport import Transfer
 from torch_eplb.layers.experts import ExpertLayer
 from torch_eplb.values.rounds import (
     LAYER,
@@ -58,7 +59,7 @@ class Exchange:
         with torch.inference_mode(False):
             self._pool = torch.empty(staging_bytes, dtype=torch.uint8, device=comm.device)
         self._stream = _side_stream(comm.device)
-        self._watcher: WorkWatcher | None = None
+        self._transfer: Transfer | None = None
         self._staged: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._received_sums: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
         self._sent_sums: list[torch.Tensor] = []
@@ -79,7 +80,7 @@ class Exchange:
     @property
     def active(self) -> bool:
         """Whether a round was posted and neither committed nor dropped."""
-        return self._watcher is not None
+        return self._transfer is not None
 
     def operations(self, transfers: Round) -> list[dist.P2POp]:
         """This rank's sends and receives, in the order in which they are posted.
@@ -156,12 +157,12 @@ class Exchange:
             operations = self.operations(transfers)
             if self.on_post is not None:
                 self.on_post(round_index, operations)
-            self._watcher = WorkWatcher(operations, self._comm, f"round {round_index}")
+            self._transfer = self._comm.post(operations, f"round {round_index}")
 
     def start(self) -> None:
         """Let a posted round run beside the forward; it may have been running since `post`."""
-        if self._watcher is not None:
-            self._watcher.start()
+        if self._transfer is not None:
+            self._transfer.start()
 
     def finished(self) -> bool:
         """Whether this rank's sends and receives are complete, and `verified` can tell.
@@ -169,9 +170,9 @@ class Exchange:
         Raises:
             RuntimeError, TimeoutError: one failed, or the time limit is over.
         """
-        if self._watcher is None:
+        if self._transfer is None:
             return True
-        if not self._watcher.finished():
+        if not self._transfer.finished():
             return False
         if self._stream is None or not self._received_sums:
             return True
@@ -181,9 +182,9 @@ class Exchange:
 
     def wait(self) -> None:
         """Block until `finished`, or raise like it."""
-        if self._watcher is None:
+        if self._transfer is None:
             return
-        self._watcher.wait()
+        self._transfer.wait()
         deadline = time.monotonic() + self._comm.timeout
         while not self.finished():
             if time.monotonic() > deadline:
@@ -205,11 +206,11 @@ class Exchange:
         Returns:
             The result, on the host, and the event after which it is there.
         """
-        assert self._watcher is not None
+        assert self._transfer is not None
         device = self._comm.device
         with torch.get_device_module(device).stream(stream), torch.inference_mode():
             # The backend received on a stream of its own.
-            self._watcher.synchronize()
+            self._transfer.synchronize()
             result = torch.empty((), dtype=torch.bool, pin_memory=device.type != "cpu")
             result.copy_(self._intact(), non_blocking=True)
             event = torch.Event(device)
@@ -218,8 +219,8 @@ class Exchange:
 
     def commit(self) -> None:
         """Write what was staged into its slots. Call only when every rank has finished."""
-        if self._watcher is not None:
-            self._watcher.synchronize()
+        if self._transfer is not None:
+            self._transfer.synchronize()
         if self._stream is not None:
             # Local copies and checksums ran on the side stream.
             device_module = torch.get_device_module(self._comm.device)
@@ -233,7 +234,7 @@ class Exchange:
 
     def drop(self) -> None:
         """Forget the round; staged data is not used. Drained slots hold what had arrived."""
-        self._watcher, self._check = None, None
+        self._transfer, self._check = None, None
         self._staged, self._received_sums, self._sent_sums = [], [], []
 
 

@@ -6,17 +6,27 @@ them in agreement. When to call what, so that all ranks do the same, is the cycl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from torch_eplb.comm.communicator import Communicator, peer_lost
+from torch_eplb.comm.communicator import Communicator
 from torch_eplb.migration.exchange import Exchange
 from torch_eplb.routing.tables import RoutingTables
+from torch_eplb.values.events import CommittedRound, Move
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Plan
-from torch_eplb.values.rounds import EXPERT, LAYER, TARGET_RANK, TARGET_SLOT, Round
+from torch_eplb.values.rounds import (
+    EXPERT,
+    LAYER,
+    SOURCE_RANK,
+    SOURCE_SLOT,
+    TARGET_RANK,
+    TARGET_SLOT,
+    Round,
+)
 
 __all__ = ["Migration"]
 
@@ -29,6 +39,7 @@ class Migration:
         tables: the routing tables, which always match it.
         exchange: moves the bytes.
         comm: for the error that names a lost rank.
+        on_commit: told what every committed round has changed.
 
     Attributes:
         experts: int32 ``[layers, ranks, slots]``, the committed placement. Same on all ranks.
@@ -41,12 +52,18 @@ class Migration:
     """
 
     def __init__(
-        self, placement: Placement, tables: RoutingTables, exchange: Exchange, comm: Communicator
+        self,
+        placement: Placement,
+        tables: RoutingTables,
+        exchange: Exchange,
+        comm: Communicator,
+        on_commit: Callable[[CommittedRound], None] = lambda committed: None,
     ) -> None:
         self._num_experts = placement.num_experts
         self._tables = tables
         self._exchange = exchange
         self._comm = comm
+        self._on_commit = on_commit
         self._placement: Placement | None = placement
         self._plan: Plan | None = None
         self.experts = placement.experts.copy()
@@ -56,6 +73,8 @@ class Migration:
         self.repairing = False
         self.version = 0
         self.experts_moved = 0
+        # Weakly: the groups are closed after the model is gone, and must not keep it.
+        comm.round_in_flight = _round_in_flight(weakref.ref(self))
 
     @property
     def placement(self) -> Placement:
@@ -94,7 +113,6 @@ class Migration:
         """
         transfers = self.rounds[self.round]
         self._update_tables(self._drain(transfers))
-        self._comm.round_index = self.round
         try:
             self._exchange.post(self.round, transfers)
         except (RuntimeError, TimeoutError) as error:
@@ -133,13 +151,15 @@ class Migration:
             post_next: `post_round` follows, if a round is left: routes change for both at once.
         """
         self._exchange.commit()
-        self._comm.round_index = None
         transfers = self.rounds[self.round].transfers
         targets = _targets(transfers)
+        before = self.experts[targets]
         self.experts[targets] = transfers[:, EXPERT]
         self.live[targets] = True
         self._placement = None
         self.version += 1
+        if not self.repairing:
+            self._on_commit(CommittedRound(self.version, _moves(transfers, before)))
         self.experts_moved += 0 if self.repairing else len(transfers)
         self.round += 1
         changed = transfers[:, LAYER]
@@ -154,7 +174,6 @@ class Migration:
         fetches their experts again from live replicas.
         """
         self._exchange.drop()
-        self._comm.round_index = None
         rows = []
         for layer, rank, slot in np.argwhere(~self.live).tolist():
             expert = self.experts[layer, rank, slot]
@@ -172,7 +191,6 @@ class Migration:
         Their experts have other live replicas.
         """
         self._exchange.drop()
-        self._comm.round_index = None
         self.rounds = self.rounds[: self.round]
         self.repairing = False
 
@@ -198,7 +216,31 @@ class Migration:
         self._tables.update(self.placement, split, self.live, chosen)
 
     def _lost(self, error: BaseException) -> Exception:
-        return peer_lost(self._comm, "a transfer of experts", error)
+        return self._comm.peer_lost("a transfer of experts", error, self.round)
+
+
+def _moves(transfers: NDArray[np.int32], before: NDArray[np.int32]) -> tuple[Move, ...]:
+    """A round's transfers, into slots that held ``before``."""
+    return tuple(
+        Move(
+            row[LAYER],
+            row[TARGET_RANK],
+            row[TARGET_SLOT],
+            old,
+            row[EXPERT],
+            row[SOURCE_RANK],
+            row[SOURCE_SLOT],
+        )
+        for row, old in zip(transfers.tolist(), before.tolist(), strict=True)
+    )
+
+
+def _round_in_flight(migration: weakref.ref[Migration]) -> Callable[[], int | None]:
+    def ask() -> int | None:
+        present = migration()
+        return present.round if present is not None and present.in_flight else None
+
+    return ask
 
 
 def _targets(transfers: NDArray[np.int32]) -> tuple[NDArray[np.int32], ...]:

@@ -10,24 +10,29 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from torch_eplb.balancer import ExpertLoadBalancer
+__all__ = ["HasBoundary", "begin_step", "register"]
 
-__all__ = ["begin_step", "register"]
+
+class HasBoundary(Protocol):
+    """What makes steps."""
+
+    def boundary(self) -> None:
+        """Count one forward, and do what is due before it."""
+
 
 _numbers = itertools.count()
 # Weak: the clock must not keep a dropped model alive.
-_balancers: weakref.WeakValueDictionary[int, ExpertLoadBalancer] = weakref.WeakValueDictionary()
+_engines: weakref.WeakValueDictionary[int, HasBoundary] = weakref.WeakValueDictionary()
 
 
-def register(balancer: ExpertLoadBalancer) -> int:
+def register(engine: HasBoundary) -> int:
     """A number for `begin_step`."""
     number = next(_numbers)
-    _balancers[number] = balancer
+    _engines[number] = engine
     return number
 
 
@@ -38,9 +43,9 @@ def register(balancer: ExpertLoadBalancer) -> int:
 )
 def begin_step(slots: torch.Tensor, counters: torch.Tensor, number: int) -> None:
     """Run the boundary of wrapped model ``number``; nothing if it is gone."""
-    balancer = _balancers.get(number)
-    if balancer is not None:
-        balancer._boundary()
+    engine = _engines.get(number)
+    if engine is not None:
+        engine.boundary()
 
 
 @begin_step.register_fake

@@ -10,7 +10,16 @@ from typing import Any
 
 from torch_eplb.policies.flow import Knobs
 from torch_eplb.policies.registry import POLICIES
-from torch_eplb.values.choices import DISPATCHES, PHASES, REPLICA_CHOICES, DispatchKind
+from torch_eplb.values.choices import (
+    DISPATCHES,
+    PHASES,
+    REPLICA_CHOICES,
+    DispatchKind,
+    DispatchName,
+    PhaseName,
+    PolicyName,
+    ReplicaChoice,
+)
 from torch_eplb.values.sizes import parse_bytes
 
 __all__ = ["Config"]
@@ -28,17 +37,17 @@ class Config:
     """Slots beyond one per logical expert, per layer. (experts + redundant) must divide evenly
     over the ranks."""
 
-    dispatch: str = "all_to_all"
+    dispatch: DispatchName = "all_to_all"
     """How tokens reach experts. "all_to_all": every rank has its own batch. "all_reduce": all
     ranks hold the same batch and their partial outputs are summed. "external": the layer
     dispatches by itself and wants physical expert ids."""
 
-    replica_choice: str | None = None
+    replica_choice: ReplicaChoice | None = None
     """Which replica a token goes to. "batch": the split is solved for every batch and layer on
     global counts. "local": each rank solves it for its own tokens. "table": the planner's shares.
     "even": replicas in turn. None: "local" for dispatch="external", else "batch"."""
 
-    policy: str | Callable[..., Any] = "flow"
+    policy: PolicyName | Callable[..., Any] = "flow"
     """How placements are planned: "flow", "deepseek", "swift", "flashlb", "random", "static", or a
     callable ``(load [samples, layers, experts], placement, topology) -> Plan``."""
 
@@ -78,7 +87,7 @@ class Config:
     verify: bool = False
     """Send a checksum with every expert and check it before the commit."""
 
-    phase: str = "all"
+    phase: PhaseName = "all"
     """Which steps are recorded: "all", or those in ``balancer.phase("prefill" | "decode")``."""
 
     expert_map: str | os.PathLike[str] | None = None
@@ -97,6 +106,11 @@ class Config:
     num_expert_groups: int = 1
     """Expert groups of group-limited routing; with several nodes, placement is hierarchical when
     the groups divide evenly over the nodes."""
+
+    allow_training_with_moves: bool = False
+    """Let backward passes reach experts that move or have replicas. Their optimizer state and
+    gradients do not follow them, and replicas' gradients are not summed: for those who see to that
+    themselves."""
 
     timeout: float = 60.0
     """Seconds after which a silent peer counts as lost and a silent planner is restarted."""
@@ -124,7 +138,7 @@ class Config:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, parse_bytes(value, name))
-        for name in ("direct", "overlap", "verify"):
+        for name in ("direct", "overlap", "verify", "allow_training_with_moves"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         self._check_choice("dispatch", DISPATCHES)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -32,10 +32,10 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from torch_eplb.comm.communicator import Communicator, wait_for
+from torch_eplb.comm.communicator import Communicator
+from torch_eplb.layers.position import Position, Progress
 from torch_eplb.migration.progress import Migration
-from torch_eplb.planner.broadcast import decode_plan, encode_plan
-from torch_eplb.planner.messages import PlanReply
+from torch_eplb.planner.broadcast import ReceivedPlan, decode_plan
 from torch_eplb.planner.process import Planner
 from torch_eplb.policies.split import par
 from torch_eplb.routing.load import LoadCounters, SampleWindow, split_samples
@@ -43,7 +43,7 @@ from torch_eplb.runtime.config import Config
 from torch_eplb.values.errors import EPLBError
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Plan
-from torch_eplb.values.rounds import Round
+from torch_eplb.values.rounds import Bounds, Round
 
 __all__ = ["RebalanceCycle", "Stage"]
 
@@ -72,78 +72,90 @@ class Stage(enum.Enum):
 class RebalanceCycle:
     """Drives collection, planning and migration.
 
+    Args:
+        config: when and how.
+        comm: what ranks agree by.
+        position: the step clock; stages are timed by it.
+        counters: the load.
+        migration: carries plans out.
+        planner: makes them, on the rank that leads.
+        bounds: what a round may take; every rank holds plans to it.
+        give_up: called with the reason when balancing must end for good.
+        write_map: called with what a plan wants, instead of carrying it out.
+
     Attributes:
         stage: the same on all ranks, or they would wait for each other until the time limit.
         par_measured, par_predicted: float ``[layers]``; see `torch_eplb.Stats`.
         rebalances, plans_failed, abandoned, plan_seconds: see `torch_eplb.Stats`.
         stalled: why nothing has progressed for long, or None.
-        disabled: why balancing is off for good, or None.
     """
 
     def __init__(
         self,
         config: Config,
         comm: Communicator,
+        position: Position,
         counters: LoadCounters,
         migration: Migration,
         planner: Planner | None,
+        bounds: Bounds,
+        *,
+        give_up: Callable[[str], None],
         write_map: Callable[[Placement], None] | None = None,
     ) -> None:
         self._config = config
         self._comm = comm
+        self._position = position
+        self._give_up = give_up
         self._migration = migration
         self._planner = planner
+        self._bounds = bounds
         self._write_map = write_map
         self._window = SampleWindow(counters, config.collect_interval)
         self._num_experts = counters.num_experts
         num_layers = counters.values.shape[0]
         self.par_measured: NDArray[np.float64] = np.full(num_layers, np.nan)
+        self.window_load: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
         self.par_predicted: NDArray[np.float64] = np.full(num_layers, np.nan)
         self.rebalances = 0
         self.plans_failed = 0
         self.abandoned = 0
         self.plan_seconds = 0.0
         self.stalled: str | None = None
-        self.disabled: str | None = None
         self._stall_limit = max(1000, 10 * (config.plan_interval + 1))
         self._cycle = 0
         self._draining = False
         self._may_post = True  # whether the next round is posted at this boundary
-        self._begin(0)
+        self._begin()
 
     # ---- the boundary -------------------------------------------------------------------------
 
-    def boundary(self, step: int, together: bool = True) -> None:
-        """Do what is due before forward number ``step`` (counted from 0).
+    def boundary(self) -> None:
+        """Do what is due before the forward to come.
 
         Waits for nothing that was not under way for a whole forward; but without overlap, when a
         round is due, until it is received.
-
-        Args:
-            step: the forward to come.
-            together: False where other ranks may still be in an earlier forward, which ended early
-                on this rank. Then a round that is received between two forwards (``overlap=False``)
-                is put off: it would wait for ranks that wait for this one.
 
         Raises:
             PeerLostError: a rank died or was silent for ``timeout`` seconds.
             EPLBError: ranks have made different numbers of forwards.
         """
-        if self.disabled is not None:
-            return
+        # Where the last forward ended between two layers on this rank, others may wait in the
+        # second of them: without overlap a round would wait for ranks that wait for this one.
+        together = self._position.progress is not Progress.BETWEEN_LAYERS
         self._may_post = together or self._config.overlap
         if self.stage is Stage.COLLECT:
-            since = step - self._stage_start
+            since = self._waited
             self._window.step(since)
             if since < self._config.collect_interval:
                 return
             self._window.finish(since)
-            self._window_end = step
-            self._enter(Stage.SAMPLE, step)
+            self._window_end = self._position.step
+            self._enter(Stage.SAMPLE)
         elif self.stage is Stage.WAIT:
-            self._apply_when_due(step)
+            self._apply_when_due()
         else:
-            self._act(self._agreed(), step)
+            self._act(self._agreed())
         idle = not (self._migration.in_flight or self._migration.done)
         if self.stage is Stage.MIGRATE and idle and self._may_post:
             self._migration.post_round()
@@ -151,12 +163,12 @@ class RebalanceCycle:
                 self._migration.wait()
         self._advance()
         if self.stage in (Stage.SAMPLE, Stage.PLAN, Stage.RECEIVE) or self._migration.in_flight:
-            self._post_agreement(step)
+            self._post_agreement()
         # Last, because the threads that carry it would take the core from what is still to do here.
         self._migration.start_round()
-        self._watch_for_stall(step)
+        self._watch_for_stall()
 
-    def drain(self, step: int) -> None:
+    def drain(self) -> None:
         """Bring a round in flight to its end and give up the rest of the cycle.
 
         Collective: every rank calls it at the same boundary. Afterwards all slots are live and
@@ -168,17 +180,17 @@ class RebalanceCycle:
         self._draining, self._may_post = True, False
         try:
             if self._migration.in_flight:
-                self._act(self._agreed(), step)
+                self._act(self._agreed())
             while self._migration.in_flight or self._migration.must_repair:
                 if not self._migration.in_flight:
                     self._migration.post_round()
-                self._end_in_this_step(step)
+                self._end_in_this_step()
         finally:
             self._draining = False
-        if self.disabled is None and self.stage is not Stage.COLLECT:
-            self._begin(step)
+        if self.stage is not Stage.COLLECT:
+            self._begin()
 
-    def carry_out(self, plan: Plan, rounds: Sequence[Round], step: int) -> None:
+    def carry_out(self, plan: Plan, rounds: Sequence[Round]) -> None:
         """Run all rounds of a plan that is not the planner's, now, and start collecting anew.
 
         Collective: every rank calls it at the same boundary, after `drain`, with the same plan.
@@ -186,28 +198,26 @@ class RebalanceCycle:
         Raises:
             PeerLostError: as `boundary`.
         """
-        if self.disabled is not None:
-            return
-        self._begin(step)
-        self._enter(Stage.MIGRATE, step)
+        self._begin()
+        self._enter(Stage.MIGRATE)
         self._may_post = True
         self._migration.begin(plan, rounds)
         if self._migration.done:
-            self._end(step)
-        while self.stage is Stage.MIGRATE and self.disabled is None:
+            self._end()
+        while self.stage is Stage.MIGRATE:
             self._migration.post_round()
-            self._end_in_this_step(step)
+            self._end_in_this_step()
 
-    def _end_in_this_step(self, step: int) -> None:
+    def _end_in_this_step(self) -> None:
         """Wait for the round in flight, on all ranks."""
         self._migration.wait()
         self._advance()
-        self._post_agreement(step)
-        self._act(self._agreed(), step)
+        self._post_agreement()
+        self._act(self._agreed())
 
-    def _begin(self, step: int) -> None:
+    def _begin(self) -> None:
         """Start collecting."""
-        self._enter(Stage.COLLECT, step)
+        self._enter(Stage.COLLECT)
         self._cycle += 1
         self._progress = 0
         self._plan_words = _UNKNOWN
@@ -215,20 +225,23 @@ class RebalanceCycle:
         self._agreement: tuple[torch.Tensor, dist.Work | None] | None = None
         self._work: dist.Work | None = None
         self._buffer: torch.Tensor | None = None
-        self._words: NDArray[np.int64] | None = None
         self._submitted = False
-        self._reply: PlanReply | None = None
-        self._unchecked: Iterator[object] = iter(())
+        self._reply: ReceivedPlan | None = None
         self._window.start()
 
-    def _enter(self, stage: Stage, step: int) -> None:
+    def _enter(self, stage: Stage) -> None:
         self.stage = stage
-        self._stage_start = step
+        self._stage_start = self._position.step
         self.stalled = None
 
-    def _watch_for_stall(self, step: int) -> None:
+    @property
+    def _waited(self) -> int:
+        """Steps in this stage."""
+        return self._position.step - self._stage_start
+
+    def _watch_for_stall(self) -> None:
         """Say so, once, when a stage that others must end takes very long."""
-        waited = step - self._stage_start
+        waited = self._waited
         if self.stage in (Stage.COLLECT, Stage.WAIT) or waited != self._stall_limit:
             return
         self.stalled = f"{self.stage.value} for {waited} steps"
@@ -238,8 +251,9 @@ class RebalanceCycle:
 
     # ---- agreement ----------------------------------------------------------------------------
 
-    def _post_agreement(self, step: int) -> None:
+    def _post_agreement(self) -> None:
         """Start telling the others what this rank has; read at the next boundary."""
+        step = self._position.step
         values = torch.tensor([self._progress, self._plan_words, -self._fault, step, -step])
         work = dist.all_reduce(
             values, op=dist.ReduceOp.MIN, group=self._comm.control, async_op=True
@@ -252,7 +266,7 @@ class RebalanceCycle:
             return _Agreed(0, _UNKNOWN, _OK)
         values, work = self._agreement
         self._agreement = None
-        wait_for(work, self._comm, "the agreement between ranks")
+        self._comm.wait_for(work, "the agreement between ranks")
         progress, plan_words, minus_fault, least, minus_most = values.tolist()
         if least != -minus_most:
             raise EPLBError(
@@ -261,31 +275,33 @@ class RebalanceCycle:
             )
         return _Agreed(progress, plan_words, -minus_fault)
 
-    def _act(self, agreed: _Agreed, step: int) -> None:
+    def _act(self, agreed: _Agreed) -> None:
         """What all ranks now know: go on together."""
         if self.stage is Stage.SAMPLE and agreed.progress >= _SAMPLED:
             self._buffer = self._window.samples()
             self._work = dist.all_reduce(self._buffer, group=self._comm.control, async_op=True)
-            self._enter(Stage.PLAN, step)
+            self._enter(Stage.PLAN)
         elif self.stage is Stage.PLAN and agreed.plan_words != _UNKNOWN:
-            self._receive_plan(agreed.plan_words, step)
+            self._receive_plan(agreed.plan_words)
         elif self.stage is Stage.RECEIVE and agreed.progress >= _HAVE_PLAN:
             if agreed.fault:
                 self.plans_failed += 1
-                self._begin(step)
+                if self._planner is not None:
+                    self._planner.refuse(self._cycle, "a rank found its rounds wrong")
+                self._begin()
             else:
-                self._enter(Stage.WAIT, step)
-                self._apply_when_due(step)
+                self._enter(Stage.WAIT)
+                self._apply_when_due()
         elif self.stage is Stage.MIGRATE and agreed.progress > _ROUNDS + self._migration.round:
-            self._end_round(agreed.fault, step)
+            self._end_round(agreed.fault)
 
     def _arrived(self) -> bool:
         """Whether the collective in ``_work`` has finished; raises if it failed."""
-        if self._work is None or self._comm.fake or self._work.is_completed():
-            wait_for(self._work, self._comm, self.stage.value)
-            self._work = None
-            return True
-        return False
+        if not self._comm.has_finished(self._work):
+            return False
+        self._comm.wait_for(self._work, self.stage.value)
+        self._work = None
+        return True
 
     def _advance(self) -> None:
         """This rank's own progress since the last boundary."""
@@ -315,9 +331,9 @@ class RebalanceCycle:
         answer = self._planner.poll()
         if answer is None or answer.request_id not in (self._cycle, None):
             return  # nothing yet, or an answer to a cycle that was given up
-        if isinstance(answer, PlanReply):
-            self._words = encode_plan(answer)
-            self._plan_words = len(self._words)
+        if isinstance(answer, ReceivedPlan):
+            self._reply = answer
+            self._plan_words = len(answer.words)
         else:
             logger.warning("no new plan: %s; serving goes on as it is", answer.cause)
             self._plan_words = _NO_PLAN
@@ -326,7 +342,7 @@ class RebalanceCycle:
         """Every rank measures PAR from the summed load; rank 0 asks its planner."""
         assert self._buffer is not None
         load, rank_load = split_samples(self._buffer, self._num_experts)
-        if self._config.dispatch == "all_reduce":
+        if self._config.dispatch_kind.shares_tokens:
             # Every rank counted the same tokens.
             load, rank_load = load // self._comm.num_ranks, rank_load // self._comm.num_ranks
         recorded = load.sum(axis=(1, 2)) > 0
@@ -334,31 +350,36 @@ class RebalanceCycle:
             self._plan_words = _NOTHING_RECORDED
             return
         self.par_measured = par(rank_load[recorded]).mean(axis=0)
+        self.window_load = (load.sum(axis=0), rank_load.sum(axis=0))
         if self._planner is not None:
             self._planner.submit(self._cycle, load[recorded], self._migration.placement)
 
-    def _receive_plan(self, num_words: int, step: int) -> None:
+    def _receive_plan(self, num_words: int) -> None:
         """All ranks know that there is a plan, and how long it is; or that there is none."""
         if num_words < 0:
             self.plans_failed += num_words == _NO_PLAN
-            self._begin(step)
+            self._begin()
             return
-        self._buffer = torch.zeros(num_words, dtype=torch.int64)
-        if self._words is not None:
-            self._buffer.copy_(torch.from_numpy(self._words))
+        if self._reply is None:
+            self._buffer = torch.zeros(num_words, dtype=torch.int64)
+        else:
+            self._buffer = torch.from_numpy(self._reply.words)
         source = self._comm.global_ranks[0]
         self._work = dist.broadcast(self._buffer, source, group=self._comm.control, async_op=True)
-        self._enter(Stage.RECEIVE, step)
+        self._enter(Stage.RECEIVE)
 
     def _read_plan(self) -> None:
         """Read the plan that has arrived, some of its rounds at each boundary."""
         assert self._buffer is not None
         try:
             if self._reply is None:
-                self._reply, self._unchecked = decode_plan(
-                    self._buffer.numpy(), self._migration.placement
+                self._reply = decode_plan(
+                    self._buffer.numpy(), self._migration.placement, self._bounds
                 )
-            if sum(1 for _ in islice(self._unchecked, _CHECKED_AT_ONCE)) == _CHECKED_AT_ONCE:
+            if self._reply.schedule.start != self._migration.placement:
+                raise ValueError("its rounds start from another placement than the present one")
+            checked = sum(1 for _ in islice(self._reply.unchecked, _CHECKED_AT_ONCE))
+            if checked == _CHECKED_AT_ONCE:
                 return
         except ValueError as error:
             reason = str(error)  # a log record with the error itself would keep the model alive
@@ -370,8 +391,8 @@ class RebalanceCycle:
 
     # ---- migration ----------------------------------------------------------------------------
 
-    def _apply_when_due(self, step: int) -> None:
-        if step < self._window_end + self._config.plan_interval:
+    def _apply_when_due(self) -> None:
+        if self._position.step < self._window_end + self._config.plan_interval:
             return
         assert self._reply is not None
         plan, schedule = self._reply.plan, self._reply.schedule
@@ -379,33 +400,32 @@ class RebalanceCycle:
         if self._config.record_map_path is not None:
             if self._write_map is not None:
                 self._write_map(schedule.target)
-            self._begin(step)
+            self._begin()
             return
-        self._enter(Stage.MIGRATE, step)
+        self._enter(Stage.MIGRATE)
         self._migration.begin(plan, schedule.rounds)
         if self._migration.done:
-            self._end(step)
+            self._end()
 
-    def _end_round(self, fault: int, step: int) -> None:
+    def _end_round(self, fault: int) -> None:
         """Every rank has finished the round: commit it, or, where one doubts it, drop it."""
         migration = self._migration
-        self._enter(Stage.MIGRATE, step)
+        self._enter(Stage.MIGRATE)
         if fault:
             self._abandon()
-            if self.disabled is None and not migration.must_repair:
-                self._begin(step)
+            if not migration.must_repair:
+                self._begin()
             return
         migration.commit(post_next=self._may_post)
         if migration.done or self._draining:
-            self._end(step)
+            self._end()
 
     def _abandon(self) -> None:
         """Some rank received what its peer did not send."""
         migration = self._migration
         if migration.repairing:
-            self.disabled = "received experts failed their checksums twice in a row"
-            logger.error("balancing is off: %s; serving goes on", self.disabled)
             migration.give_up()
+            self._give_up("received experts failed their checksums twice in a row")
             return
         self.abandoned += 1
         logger.warning(
@@ -415,7 +435,7 @@ class RebalanceCycle:
         migration.abandon()
         self._fault, self._progress = _OK, _ROUNDS + migration.round
 
-    def _end(self, step: int) -> None:
+    def _end(self) -> None:
         migration = self._migration
         if self._reply is not None and not migration.repairing:
             self.rebalances += 1
@@ -425,14 +445,14 @@ class RebalanceCycle:
                     "rebalance %d at step %d: PAR %.3f measured, %.3f predicted; %d experts moved "
                     "in %d rounds; planned in %.0f ms",
                     self.rebalances,
-                    step,
+                    self._position.step,
                     float(np.nanmean(self.par_measured)),
                     float(np.nanmean(self.par_predicted)),
                     sum(map(len, rounds)),
                     len(rounds),
                     1e3 * self._reply.plan_seconds,
                 )
-        self._begin(step)
+        self._begin()
 
 
 @dataclass(frozen=True)

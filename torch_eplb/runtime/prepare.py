@@ -10,22 +10,27 @@ import dataclasses
 import os
 import weakref
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
-from torch_eplb.comm.communicator import Communicator, device_of
+from torch_eplb.comm.agreement import agree
+from torch_eplb.comm.communicator import Communicator, device_of, make_communicator
 from torch_eplb.files.expert_map import read_expert_map
 from torch_eplb.layers.experts import ExpertLayer, find_layers
+from torch_eplb.planner.messages import PlannerSettings
 from torch_eplb.runtime.config import Config
+from torch_eplb.values.choices import DispatchKind
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Topology
 from torch_eplb.version import __version__
 
-__all__ = ["Setup", "prepare"]
+__all__ = ["Setup", "planner_settings", "prepare", "release"]
 
 # Experts modules that are wrapped now; weak, so that it keeps no model alive.
 _wrapped: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -59,7 +64,10 @@ class _Inspected:
 
 
 def prepare(
-    model: nn.Module, process_group: dist.ProcessGroup | None, kwargs: dict[str, Any]
+    model: nn.Module,
+    process_group: dist.ProcessGroup | DeviceMesh | None,
+    config: Config | None,
+    kwargs: Mapping[str, Any],
 ) -> Setup:
     """Check arguments and model on all ranks and make the process groups.
 
@@ -72,21 +80,22 @@ def prepare(
             "torch.distributed is not initialised: call torch.distributed.init_process_group "
             "before torch_eplb.wrap"
         )
-    group = process_group if process_group is not None else dist.group.WORLD
-    if group is None or group == dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError("process_group: this rank is not a member of the group it passed")
+    group = _group(process_group)
     inspected: _Inspected | None = None
     error: Exception | None = None
     try:
-        inspected = _inspect(model, group, kwargs)
+        inspected = _inspect(model, group, config, kwargs)
     except Exception as found:  # whatever it is, the other ranks must hear of it
         error = found
-    timeout = inspected.config.timeout if inspected else Config().timeout
-    comm = Communicator(group, inspected.device if inspected else torch.device("cpu"), timeout)
+    timeout = inspected.config.timeout if inspected else _timeout(config, kwargs)
+    comm = make_communicator(group, inspected.device if inspected else torch.device("cpu"), timeout)
     try:
-        comm.agree(_describe(model, inspected) if inspected else None, error)
+        agree(comm, _describe(model, inspected) if inspected else None, error)
         assert inspected is not None
-        comm.open_data_plane(inspected.config)
+        comm.open_data_plane(
+            hccl_buffer_size=inspected.config.hccl_buffer_size,
+            nccl_max_ctas=inspected.config.nccl_max_ctas,
+        )
     except BaseException:
         comm.close()
         raise
@@ -102,10 +111,36 @@ def release(layers: list[ExpertLayer]) -> None:
         _wrapped.discard(layer.module)
 
 
-def _inspect(model: nn.Module, group: dist.ProcessGroup, kwargs: dict[str, Any]) -> _Inspected:
-    num_ranks = dist.get_world_size(group)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+def _group(process_group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:
+    if isinstance(process_group, DeviceMesh):
+        if process_group.ndim != 1:
+            raise ValueError(
+                f"process_group: a DeviceMesh must have one dimension, got {process_group.ndim} "
+                f"({process_group.mesh_dim_names}); pass the expert-parallel one, mesh['ep'] say"
+            )
+        process_group = process_group.get_group()
+    group = process_group if process_group is not None else dist.group.WORLD
+    if group is None or group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("process_group: this rank is not a member of the group it passed")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            "process_group must be a ProcessGroup, a one-dimensional DeviceMesh or None, "
+            f"got {type(group).__name__}"
+        )
+    return group
+
+
+def _timeout(given: Config | None, kwargs: Mapping[str, Any]) -> float:
+    """How long to wait for the others to say that something is wrong here."""
+    try:
+        return Config(timeout=kwargs["timeout"]).timeout
+    except (KeyError, TypeError, ValueError):
+        return given.timeout if isinstance(given, Config) else Config().timeout
+
+
+def _config(given: Config | None, kwargs: Mapping[str, Any]) -> Config:
+    if given is not None and not isinstance(given, Config):
+        raise TypeError(f"config must be a torch_eplb.Config, got {type(given).__name__}")
     known = {f.name for f in dataclasses.fields(Config)}
     unknown = sorted(set(kwargs) - known)
     if unknown:
@@ -113,7 +148,21 @@ def _inspect(model: nn.Module, group: dist.ProcessGroup, kwargs: dict[str, Any])
             f"torch_eplb.wrap has no argument {', '.join(unknown)}; "
             f"it has {', '.join(sorted(known))}"
         )
-    config = Config(**kwargs)
+    if given is None:
+        return Config(**kwargs)
+    changes = dict(kwargs)
+    if given.replica_choice == given.dispatch_kind.default_choice and "dispatch" in changes:
+        changes.setdefault("replica_choice", None)  # it follows the dispatch, unless it is chosen
+    return dataclasses.replace(given, **changes)
+
+
+def _inspect(
+    model: nn.Module, group: dist.ProcessGroup, given: Config | None, kwargs: Mapping[str, Any]
+) -> _Inspected:
+    num_ranks = dist.get_world_size(group)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    config = _config(given, kwargs)
     layers = find_layers(model)
     if any(layer.module in _wrapped for layer in layers):
         raise ValueError(
@@ -121,10 +170,10 @@ def _inspect(model: nn.Module, group: dist.ProcessGroup, kwargs: dict[str, Any])
         )
     experts = layers[0].num_experts
     num_slots = _num_slots(experts, config.num_redundant_experts, num_ranks)
-    already_sharded = _check_shards(layers, num_slots, config.dispatch)
+    already_sharded = _check_shards(layers, num_slots, config.dispatch_kind)
     device = layers[0].tensors()[0].device
     for layer in layers:
-        if layer.spec.expert_weights is None and config.dispatch != "external":
+        if layer.spec.expert_weights is None and config.dispatch_kind.communicates:
             raise ValueError(
                 f"layer {layer.name}: its forward takes no expert weights, so only "
                 'dispatch="external" can balance it'
@@ -147,6 +196,27 @@ def _inspect(model: nn.Module, group: dist.ProcessGroup, kwargs: dict[str, Any])
     )
 
 
+def planner_settings(setup: Setup) -> PlannerSettings:
+    """What the planner must know."""
+    config = setup.config
+    options = {
+        "replica_choice": config.replica_choice,
+        "min_gain": config.min_gain,
+        "target_par": config.target_par,
+        "max_moves": config.max_moves,
+    }
+    return PlannerSettings(
+        policy=config.policy,
+        policy_options={name: value for name, value in options.items() if value is not None},
+        topology=setup.topology,
+        expert_bytes=tuple(layer.expert_bytes for layer in setup.layers),
+        staging_bytes=setup.staging_bytes,
+        direct=config.direct,
+        layers_per_round=config.layers_per_step,
+        send_bytes_per_round=config.bytes_per_step,  # type: ignore[arg-type]
+    )
+
+
 def _num_slots(experts: int, redundant: int, num_ranks: int) -> int:
     """Slots per rank."""
     if (experts + redundant) % num_ranks:
@@ -164,7 +234,7 @@ def _num_slots(experts: int, redundant: int, num_ranks: int) -> int:
     return (experts + redundant) // num_ranks
 
 
-def _check_shards(layers: list[ExpertLayer], num_slots: int, dispatch: str) -> bool:
+def _check_shards(layers: list[ExpertLayer], num_slots: int, dispatch: DispatchKind) -> bool:
     """Whether the layers' tensors are sharded already."""
     sharded = set()
     for layer in layers:
@@ -178,10 +248,11 @@ def _check_shards(layers: list[ExpertLayer], num_slots: int, dispatch: str) -> b
             sharded.add(size != layer.num_experts)
     if len(sharded) > 1:
         raise ValueError("some of the model's expert tensors are sharded and others are not")
-    if sharded == {True} and dispatch != "external":
+    if sharded == {True} and dispatch.communicates:
         raise ValueError(
-            f"the experts of layer {layers[0].name} are sharded already, and dispatch={dispatch!r} "
-            'shards them itself: pass the full model, or use dispatch="external" if the layer '
+            f"the experts of layer {layers[0].name} are sharded already, and "
+            f"dispatch={dispatch.name!r} shards them itself: "
+            'pass the full model, or use dispatch="external" if the layer '
             "dispatches by itself"
         )
     return sharded == {True}
@@ -192,13 +263,17 @@ def _initial_placement(
 ) -> Placement:
     if config.expert_map is None:
         return Placement.initial(num_layers, experts, num_ranks, num_slots)
-    return read_expert_map(
-        config.expert_map,
-        num_layers=num_layers,
-        num_experts=experts,
-        num_ranks=num_ranks,
-        num_slots=num_slots,
+    placement = read_expert_map(
+        config.expert_map, num_layers=num_layers, num_experts=experts, num_ranks=num_ranks
     )
+    if placement.num_slots != num_slots:
+        raise ValueError(
+            f"num_redundant_experts={config.num_redundant_experts}, but the expert map "
+            f"{config.expert_map} has {placement.num_slots} experts on each of {num_ranks} ranks, "
+            f"which are {placement.num_redundant_experts} more than the model has: pass "
+            f"num_redundant_experts={placement.num_redundant_experts}"
+        )
+    return placement
 
 
 def _topology(config: Config, experts: int, num_ranks: int) -> Topology:

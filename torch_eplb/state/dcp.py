@@ -27,18 +27,14 @@ import torch
 from numpy.typing import NDArray
 
 from torch_eplb.files.expert_map import format_expert_map, parse_expert_map
-from torch_eplb.policies.split import even_split
-from torch_eplb.schedule.schedule import make_schedule
+from torch_eplb.runtime.engine import Life
 from torch_eplb.state.full import ExpertTensor, expert_tensors
-from torch_eplb.values.errors import EPLBError
-from torch_eplb.values.placement import Placement
-from torch_eplb.values.plan import Plan
+from torch_eplb.state.wrapped import Wrapped
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
     from torch.distributed.checkpoint.planner import WriteItem
 
-    from torch_eplb.balancer import ExpertLoadBalancer
 
 __all__ = ["ExpertShards", "PlacementState", "ShardedState"]
 
@@ -60,7 +56,7 @@ class ShardedState:
         balancer: the wrapped model.
     """
 
-    def __init__(self, balancer: ExpertLoadBalancer) -> None:
+    def __init__(self, balancer: Wrapped) -> None:
         self._balancer = balancer
 
     def state_dict(self) -> dict[str, Any]:
@@ -73,14 +69,14 @@ class ShardedState:
             PeerLostError: a rank did not come within ``timeout``.
         """
         balancer = self._balancer
-        balancer._catch_up()
-        if balancer._migration.in_flight:
-            balancer._drain()
+        balancer.engine.catch_up()
+        if balancer.engine.in_flight:
+            balancer.engine.settle()
         local = balancer.module.state_dict(keep_vars=True)
         experts = expert_tensors(balancer, local)
         owners = {
             layer: choose_owners(
-                balancer._migration.experts[layer], balancer._migration.live[layer]
+                balancer.engine.placement.experts[layer], balancer.engine.live[layer]
             )
             for layer in {tensor.layer for tensor in experts.values()}
         }
@@ -91,7 +87,7 @@ class ShardedState:
                     raise RuntimeError(
                         f"{key} is on the meta device: give the model its values with "
                         "torch_eplb.load_pretrained, or its memory, before a load, with "
-                        "torch_eplb.state.materialize.materialize(balancer.module, device)"
+                        "torch_eplb.materialize.materialize(balancer.module, device)"
                     )
                 value = value.detach()
             if key in experts:
@@ -129,12 +125,12 @@ class PlacementState:
         balancer: the wrapped model.
     """
 
-    def __init__(self, balancer: ExpertLoadBalancer) -> None:
+    def __init__(self, balancer: Wrapped) -> None:
         self._balancer = balancer
 
     def state_dict(self) -> dict[str, Any]:
         """The present placement. DCP calls it."""
-        return {"expert_map": format_expert_map(self._balancer.placement)}
+        return {"expert_map": format_expert_map(self._balancer.engine.placement)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Move experts to the saved placement; DCP calls it. Collective.
@@ -142,7 +138,7 @@ class PlacementState:
         Raises:
             PeerLostError: a rank did not come within ``timeout``.
         """
-        balancer, present = self._balancer, self._balancer.placement
+        balancer, present = self._balancer, self._balancer.engine.placement
         try:
             saved = parse_expert_map(
                 str(state_dict["expert_map"]),
@@ -152,10 +148,12 @@ class PlacementState:
                 num_slots=present.num_slots,
             )
         except ValueError as error:
-            if balancer._comm.rank == 0:
+            if balancer.engine.comm.rank == 0:
                 logger.warning("the saved placement does not fit here and is ignored: %s", error)
             return
-        move_to(balancer, saved)
+        moved = balancer.engine.move_to(saved)
+        if balancer.engine.comm.rank == 0:
+            logger.info("the saved placement is restored: %d experts moved", moved)
 
 
 class ExpertShards(torch.Tensor):
@@ -169,16 +167,14 @@ class ExpertShards(torch.Tensor):
         live = tensor.live.detach()
         return cls._wrapper(live, tensor.full_shape, live.device)
 
-    def __init__(
-        self, balancer: ExpertLoadBalancer, tensor: ExpertTensor, owners: NDArray[np.int64]
-    ) -> None:
-        migration, rank = balancer._migration, balancer._comm.rank
+    def __init__(self, balancer: Wrapped, tensor: ExpertTensor, owners: NDArray[np.int64]) -> None:
+        engine, rank = balancer.engine, balancer.engine.comm.rank
         self._live = tensor.live.detach()
         self._address = self._live.data_ptr()
         self._layer = tensor.layer
-        self._balancer = weakref.ref(balancer)
-        self._experts = migration.experts[tensor.layer].copy()
-        self._was_live = migration.live[tensor.layer].copy()
+        self._engine = weakref.ref(engine)
+        self._experts = engine.placement.experts[tensor.layer].copy()
+        self._was_live = engine.live[tensor.layer].copy()
         self._owned = np.flatnonzero(owners == rank).tolist()
         self._runs = find_runs(self._experts[rank], self._was_live[rank])
         self._slots = {
@@ -248,14 +244,14 @@ class ExpertShards(torch.Tensor):
 
     def _refuse_if_stale(self) -> None:
         """Raise if slots do not hold any more what they held when this was made."""
-        balancer = self._balancer()
-        if balancer is None or self._live.data_ptr() != self._address:
+        engine = self._engine()
+        if engine is None or self._live.data_ptr() != self._address:
             return  # nobody moves experts any more, or a copy that async_save has made
-        migration, layer = balancer._migration, self._layer
+        layer = self._layer
         if (
-            balancer._unwrapped
-            or (migration.experts[layer] != self._experts).any()
-            or (migration.live[layer] != self._was_live).any()
+            engine.life is Life.UNWRAPPED
+            or (engine.placement.experts[layer] != self._experts).any()
+            or (engine.live[layer] != self._was_live).any()
         ):
             raise RuntimeError(
                 "experts have moved since this state was made: make it anew for every save and "
@@ -281,38 +277,6 @@ class ExpertShards(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ExpertShards(shape={tuple(self.shape)}, here={sorted(self._slots)})"
-
-
-def move_to(balancer: ExpertLoadBalancer, wanted: Placement) -> None:
-    """Move experts to a placement now, and go on balancing from there. Collective.
-
-    Raises:
-        PeerLostError: a rank did not come within ``timeout``.
-    """
-    if balancer._closed or balancer._failed or balancer._cycle.disabled is not None:
-        logger.warning("balancing has ended: experts stay where they are")
-        return
-    balancer._drain()
-    config, migration = balancer.config, balancer._migration
-    schedule = make_schedule(
-        migration.placement,
-        wanted,
-        expert_bytes=[layer.expert_bytes for layer in balancer._layers],
-        staging_bytes=balancer._exchange.staging_bytes,
-        direct=config.direct,
-        layers_per_round=config.layers_per_step,
-        send_bytes_per_round=config.bytes_per_step,  # type: ignore[arg-type]
-    )
-    target, before = schedule.target, migration.experts_moved
-    plan = Plan(target, even_split(target), np.full(target.num_layers, np.nan))
-    try:
-        balancer._cycle.carry_out(plan, schedule.rounds, balancer._step)
-    except EPLBError as error:
-        balancer._failure = str(error)
-        raise
-    if balancer._comm.rank == 0:
-        moved = migration.experts_moved - before
-        logger.info("the saved placement is restored: %d experts moved", moved)
 
 
 class Run(NamedTuple):

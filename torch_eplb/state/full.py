@@ -17,15 +17,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from torch_eplb.layers.gather import empty_full, gather_tensor
-
-if TYPE_CHECKING:
-    from torch_eplb.balancer import ExpertLoadBalancer
+from torch_eplb.runtime.engine import Life
+from torch_eplb.state.wrapped import Wrapped
 
 __all__ = ["ExpertTensor", "expert_tensors", "full_state_dict", "load_full_state_dict"]
 
@@ -49,7 +48,7 @@ class ExpertTensor(NamedTuple):
 
 
 def full_state_dict(
-    balancer: ExpertLoadBalancer,
+    balancer: Wrapped,
     *,
     rank0_only: bool = False,
     cpu_offload: bool = False,
@@ -76,11 +75,11 @@ def full_state_dict(
     Raises:
         PeerLostError: a rank did not come within ``timeout``.
     """
-    balancer._refuse_meta("gather the experts")
-    balancer._catch_up()
+    balancer.engine.require_weights("gather the experts")
+    balancer.engine.catch_up()
     local = balancer.module.state_dict(prefix=prefix, keep_vars=True)
     experts = expert_tensors(balancer, local)
-    keep = not rank0_only or balancer._comm.rank == 0
+    keep = not rank0_only or balancer.engine.comm.rank == 0
     result: OrderedDict[str, Any] = OrderedDict()
     if hasattr(local, "_metadata"):
         result._metadata = local._metadata  # type: ignore[attr-defined]
@@ -101,7 +100,7 @@ def full_state_dict(
 
 
 def load_full_state_dict(
-    balancer: ExpertLoadBalancer,
+    balancer: Wrapped,
     full: Mapping[str, Any],
     *,
     strict: bool = True,
@@ -131,19 +130,23 @@ def load_full_state_dict(
         RuntimeError: keys or shapes do not fit (on any rank: every rank raises), as nn.Module's.
         PeerLostError: a rank did not come within ``timeout``; nothing was written.
     """
-    balancer._refuse_meta("load a state dict")
-    balancer._catch_up()
+    balancer.engine.require_weights("load a state dict")
+    balancer.engine.catch_up()
     local = balancer.module.state_dict(keep_vars=True)
     experts = expert_tensors(balancer, local)
     _agree(balancer, _problems(balancer.module, full, local, experts, strict, assign))
-    balancer._drain()
+    balancer.engine.settle()
     rest = OrderedDict(full)
     if hasattr(full, "_metadata"):
         rest._metadata = full._metadata  # type: ignore[attr-defined]
-    rank = balancer._comm.rank
+    rank = balancer.engine.comm.rank
     for key, tensor in experts.items():
         if key in full:
-            _write(tensor.live, full[key], balancer._migration.experts[tensor.layer, rank].tolist())
+            _write(
+                tensor.live,
+                full[key],
+                balancer.engine.placement.experts[tensor.layer, rank].tolist(),
+            )
             # The model's own loading comes next, and copies this tensor onto itself.
             rest[key] = tensor.live
     if assign:
@@ -152,7 +155,7 @@ def load_full_state_dict(
 
 
 def load_nested(
-    balancer: ExpertLoadBalancer, state: dict[str, Any], prefix: str, assign: bool
+    balancer: Wrapped, state: dict[str, Any], prefix: str, assign: bool
 ) -> tuple[list[str], list[str]]:
     """Load the keys under ``prefix`` on behalf of a module that contains the wrapper.
 
@@ -172,18 +175,16 @@ def load_nested(
     ]
 
 
-def expert_tensors(
-    balancer: ExpertLoadBalancer, local: Mapping[str, Any]
-) -> dict[str, ExpertTensor]:
+def expert_tensors(balancer: Wrapped, local: Mapping[str, Any]) -> dict[str, ExpertTensor]:
     """Which entries of the model's own state dict (``keep_vars=True``) are indexed by expert.
 
     They are known by identity, so that shared tensors are found under each of their keys.
     """
-    if balancer._unwrapped:
+    if balancer.engine.life is Life.UNWRAPPED:
         return {}
     known = {
         id(tensor): ExpertTensor(index, tensor, layer.num_experts)
-        for index, layer in enumerate(balancer._layers)
+        for index, layer in enumerate(balancer.engine.layers)
         for tensor in layer.tensors()
     }
     return {key: known[id(value)] for key, value in local.items() if id(value) in known}
@@ -201,17 +202,17 @@ def _scratch(tensors: Iterable[ExpertTensor]) -> torch.Tensor | None:
 
 
 def _gather(
-    balancer: ExpertLoadBalancer,
+    balancer: Wrapped,
     tensor: ExpertTensor,
     keep: bool,
     cpu_offload: bool,
     scratch: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    live, migration = tensor.live.detach(), balancer._migration
+    live, engine = tensor.live.detach(), balancer.engine
     device = torch.device("cpu") if cpu_offload else live.device
     result = empty_full(live, tensor.num_experts, device) if keep else None
-    experts = migration.experts[tensor.layer]
-    gather_tensor(live, experts, migration.live[tensor.layer], balancer._comm, result, scratch)
+    experts = engine.placement.experts[tensor.layer]
+    gather_tensor(live, experts, engine.live[tensor.layer], engine.comm, result, scratch)
     return result
 
 
@@ -269,12 +270,9 @@ def _loads_plainly(model: nn.Module) -> bool:
     )
 
 
-def _agree(balancer: ExpertLoadBalancer, problems: list[str]) -> None:
+def _agree(balancer: Wrapped, problems: list[str]) -> None:
     """Raise on every rank if one has a problem; each by itself where the groups are gone."""
-    comm = balancer._comm
-    everyone = {comm.rank: problems}
-    if not (balancer._closed or balancer._failed):
-        everyone = dict(enumerate(comm.gather_json(problems)))
+    everyone = balancer.engine.gather(problems)
     found = {rank: texts for rank, texts in everyone.items() if texts}
     if not found:
         return

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -19,10 +19,8 @@ from torch_eplb.state.full import ExpertTensor, expert_tensors
 from torch_eplb.state.materialize import materialize
 from torch_eplb.state.safetensor_files import Checkpoint, Reading
 from torch_eplb.state.weight_names import NameRule, usual_names
+from torch_eplb.state.wrapped import Wrapped
 from torch_eplb.values.errors import EPLBError
-
-if TYPE_CHECKING:
-    from torch_eplb.balancer import ExpertLoadBalancer
 
 __all__ = ["load_pretrained"]
 
@@ -44,7 +42,7 @@ _CONVERTIBLE = {"F64", "F32", "F16", "BF16"}
 
 
 def load_pretrained(
-    model: ExpertLoadBalancer,
+    model: Wrapped,
     folder: PathLike,
     *,
     names: NameRule | None = None,
@@ -86,7 +84,7 @@ def load_pretrained(
     """
     balancer = model
     # First, because which slots are to be read is settled only when nothing moves any more.
-    balancer._drain()
+    balancer.engine.settle()
     items: list[Reading] = []
     checkpoint, error = None, None
     try:
@@ -98,7 +96,7 @@ def load_pretrained(
         error = found
     _agree(balancer, error)
     assert checkpoint is not None
-    materialize(balancer.module, balancer._comm.device)
+    materialize(balancer.module, balancer.engine.comm.device)
     tensors = _tensors(balancer)
     written: dict[int, str] = {}
     again = []
@@ -125,14 +123,14 @@ def load_pretrained(
                 )
 
 
-def _tensors(balancer: ExpertLoadBalancer) -> dict[str, torch.Tensor]:
+def _tensors(balancer: Wrapped) -> dict[str, torch.Tensor]:
     """The model's own tensors in this rank's memory, by key."""
     state = balancer.module.state_dict(keep_vars=True)
     return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def _plan(
-    balancer: ExpertLoadBalancer, checkpoint: Checkpoint, names: NameRule | None, strict: bool
+    balancer: Wrapped, checkpoint: Checkpoint, names: NameRule | None, strict: bool
 ) -> list[Reading]:
     """What this rank has to read.
 
@@ -163,10 +161,10 @@ def _plan(
     experts = expert_tensors(balancer, tensors)
     items: list[Reading] = []
     wanted: list[tuple[str, int | None, int | None]] = []
-    rank = balancer._comm.rank
+    rank = balancer.engine.comm.rank
     for key in sources:
         if key in experts:
-            held = balancer._migration.experts[experts[key].layer, rank].tolist()
+            held = balancer.engine.placement.experts[experts[key].layer, rank].tolist()
             wanted += [(key, slot, expert) for slot, expert in enumerate(held)]
         else:
             wanted.append((key, None, None))
@@ -182,7 +180,7 @@ def _plan(
 
 
 def _find_sources(
-    balancer: ExpertLoadBalancer,
+    balancer: Wrapped,
     tensors: Mapping[str, torch.Tensor],
     checkpoint: Checkpoint,
     names: NameRule | None,
@@ -226,19 +224,17 @@ def _first_held(
     return None
 
 
-def _transposed(balancer: ExpertLoadBalancer, tensor: ExpertTensor) -> bool:
+def _transposed(balancer: Wrapped, tensor: ExpertTensor) -> bool:
     """Whether the module keeps its experts transposed, so that pieces do not stack on dim 0."""
-    return bool(getattr(balancer._layers[tensor.layer].module, "is_transposed", False))
+    return bool(getattr(balancer.engine.layers[tensor.layer].module, "is_transposed", False))
 
 
-def _unsaved_experts(
-    balancer: ExpertLoadBalancer, tensors: Mapping[str, torch.Tensor]
-) -> list[str]:
+def _unsaved_experts(balancer: Wrapped, tensors: Mapping[str, torch.Tensor]) -> list[str]:
     saved = {id(tensor) for tensor in tensors.values()}
     return [
         f"{layer.name}.{name} is indexed by expert and on the meta device, but not part of the "
         "state dict (persistent=False): it cannot be loaded"
-        for layer in balancer._layers
+        for layer in balancer.engine.layers
         for name, tensor in zip(layer.tensor_names, layer.tensors(), strict=True)
         if tensor.is_meta and id(tensor) not in saved
     ]
@@ -285,7 +281,7 @@ def _add_items(
     return problems
 
 
-def _refuse(balancer: ExpertLoadBalancer, problems: list[str]) -> None:
+def _refuse(balancer: Wrapped, problems: list[str]) -> None:
     if not problems:
         return
     shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
@@ -296,14 +292,11 @@ def _refuse(balancer: ExpertLoadBalancer, problems: list[str]) -> None:
     )
 
 
-def _agree(balancer: ExpertLoadBalancer, error: Exception | None) -> None:
+def _agree(balancer: Wrapped, error: Exception | None) -> None:
     """Raise this rank's error, or that another rank has one, before anything is written."""
-    comm = balancer._comm
-    everyone: list[Any] = []
-    if not (balancer._closed or balancer._failed):
-        everyone = comm.gather_json(error and str(error))
+    everyone = balancer.engine.gather(error and str(error))
     if error is not None:
         raise error
-    failed = [f"rank {rank}: {text}" for rank, text in enumerate(everyone) if text]
+    failed = [f"rank {rank}: {text}" for rank, text in everyone.items() if text]
     if failed:
         raise RuntimeError("the checkpoint cannot be loaded, because of " + "; ".join(failed))

@@ -1,0 +1,42 @@
+"""`torch_eplb.Config` as keyword arguments that editors complete and type checkers check."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypedDict
+
+from torch_eplb.values.choices import DispatchName, PhaseName, PolicyName, ReplicaChoice
+
+__all__ = ["Options"]
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of `torch_eplb.wrap`: the fields of `torch_eplb.Config`, with their
+    types. Which value is what is said there."""
+
+    num_redundant_experts: int
+    dispatch: DispatchName
+    replica_choice: ReplicaChoice | None
+    policy: PolicyName | Callable[..., Any]
+    min_gain: float | None
+    target_par: float | None
+    max_moves: int | None
+    collect_interval: int
+    plan_interval: int
+    layers_per_step: int
+    staging_bytes: int | str | None
+    direct: bool
+    overlap: bool
+    bytes_per_step: int | str | None
+    verify: bool
+    phase: PhaseName
+    expert_map: str | os.PathLike[str] | None
+    record_path: str | os.PathLike[str] | None
+    record_map_path: str | os.PathLike[str] | None
+    num_nodes: int | None
+    num_expert_groups: int
+    allow_training_with_moves: bool
+    timeout: float
+    hccl_buffer_size: int
+    nccl_max_ctas: int
