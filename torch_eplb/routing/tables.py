@@ -56,6 +56,8 @@ class RoutingTables:
         host_slots_LEM: the same on the host (the same tensor where ``device`` is the CPU).
         choice_LEP: int64 physical ids, or None; token number t of a batch that chose expert e goes
             to ``choice_LEP[l, e, t % P]``.
+        choice_LBP: the same memory with one more row per layer, E, for choices that go to no slot
+            (`torch_eplb.routing.ids`): it holds R * S throughout.
 
     >>> placement = Placement(np.array([[[0, 1], [2, 0]]]), 3)
     >>> tables = RoutingTables(placement, device="cpu", rank=0, replica_choice="even",
@@ -105,11 +107,14 @@ class RoutingTables:
         self.host_slots_LEM = self.slots_LEM
         if self.slots_LEM.device.type != "cpu":
             self.host_slots_LEM = torch.full((layers, experts, max_replicas), -1)
+        self.choice_LBP: Tensor | None = None
         self.choice_LEP: Tensor | None = None
         if replica_choice in ("table", "even"):
-            self.choice_LEP = torch.zeros(
-                (layers, experts, CHOICE_LENGTH), dtype=torch.int64, device=device
+            bin_id = self.num_ranks * self.num_slots
+            self.choice_LBP = torch.full(
+                (layers, experts + 1, CHOICE_LENGTH), bin_id, dtype=torch.int64, device=device
             )
+            self.choice_LEP = self.choice_LBP[:, :experts]
         self.update(placement, split)
 
     def update(
