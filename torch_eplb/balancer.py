@@ -146,6 +146,20 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
         with self.engine.recorded.paused():
             yield
 
+    @contextlib.contextmanager
+    def tokens(self, mask: torch.Tensor) -> Iterator[None]:
+        """Tell which rows of the forwards inside are tokens; the others are padding.
+
+        Padding is computed as ever, and not counted as load. For padding that need not be computed
+        the router may give the expert id -1.
+
+        Args:
+            mask: bool (or integer, as attention masks are), with an entry per token of the
+                forward, ``[T]`` or ``[batch, sequence]``; true where a row is a token.
+        """
+        with self.engine.tokens.of(mask.to(self.engine.comm.device)):
+            yield
+
     # ---- what a user sees ---------------------------------------------------------------------
 
     @property

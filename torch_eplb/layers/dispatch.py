@@ -34,7 +34,7 @@ from torch_eplb.layers.collectives import (
     share_input,
     sum_output,
 )
-from torch_eplb.layers.context import LayerContext, Trips
+from torch_eplb.layers.context import LayerContext, Trips, recomputing
 from torch_eplb.layers.experts import ExpertLayer
 from torch_eplb.routing import (
     PADDING,
@@ -151,10 +151,16 @@ class Dispatch(BoundToRanks):
         """The physical id of choices that go to no slot."""
         return self.context.comm.num_ranks * self.context.tables.num_slots
 
-    def _choose(self, ids_TK: torch.Tensor) -> torch.Tensor:
+    def _tokens(
+        self, num_tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor | None:
+        """Which rows are counted, bool ``[T]``; None is all."""
+        named = self.layer.arguments.find(self.layer.spec.token_mask, args, kwargs)
+        return self.context.tokens.rows(num_tokens, named, self.layer.name)
+
+    def _choose(self, ids_TK: torch.Tensor, counted_T: torch.Tensor | None) -> torch.Tensor:
         """Physical ids ``[T, K]`` for logical ones of this rank's own tokens; counts them."""
-        tables, comm = self.context.tables, self.context.comm
-        num_ranks = comm.num_ranks
+        tables, num_ranks = self.context.tables, self.context.comm.num_ranks
         hits_E = count_hits(ids_TK, self.layer.num_experts)
         if tables.choice_LBP is not None:
             physical_TK = choose_from_table(ids_TK, tables.choice_LBP[self.index])
@@ -162,9 +168,28 @@ class Dispatch(BoundToRanks):
             physical_TK = choose_locally(
                 ids_TK, hits_E, tables.slots_LEM[self.index], num_ranks, tables.num_slots
             )
-        sent_R = count_hits(physical_TK // tables.num_slots, num_ranks)
-        self.context.counters.add(self.index, hits_E, sent_R)
+        ranks_TK = physical_TK // tables.num_slots
+        if counted_T is None:
+            self._count(hits_E, count_hits(ranks_TK, num_ranks))
+        else:
+            self._count_some(ids_TK, ranks_TK, counted_T)
         return physical_TK
+
+    def _count(self, hits_E: torch.Tensor, sent_R: torch.Tensor) -> None:
+        """Add to the load: hits by logical expert, and by the rank that computes them."""
+        if not recomputing():
+            self.context.counters.add(self.index, hits_E, sent_R)
+
+    def _count_some(
+        self, ids_TK: torch.Tensor, ranks_TK: torch.Tensor, counted_T: torch.Tensor
+    ) -> None:
+        """The same for the rows ``counted_T`` only, of choices and of the ranks they go to."""
+        num_experts, num_ranks = self.layer.num_experts, self.context.comm.num_ranks
+        outside = ~counted_T.unsqueeze(1)
+        self._count(
+            count_hits(ids_TK.masked_fill(outside, num_experts), num_experts),
+            count_hits(ranks_TK.masked_fill(outside, num_ranks), num_ranks),
+        )
 
 
 class AllToAll(Dispatch):
@@ -185,7 +210,8 @@ class AllToAll(Dispatch):
         hidden_TH, router_ids, weights_TK = self._read(args, kwargs)
         with torch.no_grad():
             ids_TK = self._logical(router_ids)
-            order_N, send_RS, receive_RS, positions_R = self._route(ids_TK)
+            counted_T = self._tokens(len(ids_TK), args, kwargs)
+            order_N, send_RS, receive_RS, positions_R = self._route(ids_TK, counted_T)
             *sizes, positions = torch.stack(
                 (send_RS.sum(1), receive_RS.sum(1), positions_R)
             ).tolist()
@@ -207,7 +233,9 @@ class AllToAll(Dispatch):
         self._trips.begin(rows, _Trip(order_N, sizes, weights_TK, shape))
         return self._replace(args, kwargs, rows, ids, ones)
 
-    def _route(self, ids_TK: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _route(
+        self, ids_TK: torch.Tensor, counted_T: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
         """The order in which choices are sent, how many go to and come for every slot, and where
         every rank is.
 
@@ -228,9 +256,13 @@ class AllToAll(Dispatch):
                 tables.num_slots,
                 tables.topology.ranks_per_node,
             )
-            context.counters.add(self.index, hits_E, send_RS.sum(1).to(ids_TK.device))
+            sent_R = send_RS.sum(1).to(ids_TK.device)
+            if counted_T is None:
+                self._count(hits_E, sent_R)
+            else:
+                self._count_some(ids_TK, _ranks_of(order_N, sent_R, ids_TK), counted_T)
             return order_N, send_RS, receive_RS, counts[:, -1]
-        physical_N = self._choose(ids_TK).view(-1)
+        physical_N = self._choose(ids_TK, counted_T).view(-1)
         send_RS = count_hits(physical_N, comm.num_ranks * tables.num_slots)
         send_RS = send_RS.view(comm.num_ranks, tables.num_slots)
         position = context.position.enter(self.index)
@@ -270,6 +302,14 @@ class _Trip:
     shape: torch.Size
 
 
+def _ranks_of(order_N: torch.Tensor, sent_R: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
+    """``[T, K]``: the rank that each choice goes to, R for the bin."""
+    ranks_N = order_N.new_full((ids_TK.numel(),), len(sent_R))
+    ranks = torch.arange(len(sent_R), device=order_N.device)
+    ranks_N[order_N] = torch.repeat_interleave(ranks, sent_R, output_size=len(order_N))
+    return ranks_N.view(ids_TK.shape)
+
+
 def _at_home(
     rows: torch.Tensor, order_N: torch.Tensor, weights_TK: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -299,7 +339,9 @@ class AllReduce(Dispatch):
         comm, num_slots = self.context.comm, self.context.tables.num_slots
         spec, arguments = self.layer.spec, self.layer.arguments
         ids = arguments.get(spec.expert_ids, args, kwargs)
-        physical = self._choose(self._logical(ids.flatten(0, -2))).view(ids.shape)
+        ids_TK = self._logical(ids.flatten(0, -2))
+        counted_T = self._tokens(len(ids_TK), args, kwargs)
+        physical = self._choose(ids_TK, counted_T).view(ids.shape)
         local = physical - comm.rank * num_slots
         foreign = (local < 0) | (local >= num_slots)  # the bin as well
         weights = share_input(arguments.get(spec.expert_weights, args, kwargs), comm)
@@ -342,7 +384,8 @@ class CompactAllReduce(AllReduce):
         hidden_TH, router_ids, weights_TK = self._read(args, kwargs)
         shape = self._hidden_states(args, kwargs).shape
         ids_TK = self._logical(router_ids)
-        local_N = (self._choose(ids_TK) - comm.rank * num_slots).view(-1)
+        counted_T = self._tokens(len(ids_TK), args, kwargs)
+        local_N = (self._choose(ids_TK, counted_T) - comm.rank * num_slots).view(-1)
         chosen = ((local_N >= 0) & (local_N < num_slots)).nonzero().view(-1)
         tokens = chosen // ids_TK.shape[1]
         rows = share_input(hidden_TH, comm).index_select(0, tokens)
@@ -409,7 +452,9 @@ class External(Dispatch):
         spec, arguments = self.layer.spec, self.layer.arguments
         ids = arguments.get(spec.expert_ids, args, kwargs)
         self._require_room(ids.dtype)
-        physical = self._choose(self._logical(ids.flatten(0, -2))).view(ids.shape)
+        ids_TK = self._logical(ids.flatten(0, -2))
+        counted_T = self._tokens(len(ids_TK), args, kwargs)
+        physical = self._choose(ids_TK, counted_T).view(ids.shape)
         physical = physical.masked_fill(physical == self._bin, PADDING)
         return arguments.replace(args, kwargs, {spec.expert_ids: physical.to(ids.dtype)})
 

@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torch_eplb.comm.agreement import gather_json
 from torch_eplb.files.expert_map import write_expert_map
-from torch_eplb.layers.context import LayerContext
+from torch_eplb.layers.context import LayerContext, recomputing
 from torch_eplb.layers.dispatch import Dispatch, make_dispatch
 from torch_eplb.layers.gather import gather_layer
 from torch_eplb.layers.position import Position, Progress
@@ -79,6 +79,7 @@ class Engine:
         position: where this rank is.
         exchange: what moves experts.
         recorded: which steps are recorded.
+        tokens: which rows of a forward are counted.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -130,6 +131,7 @@ class Engine:
         )
         self.recorded = RecordedSteps(config.phase)
         context = LayerContext(comm, self._tables, self._counters, self.position)
+        self.tokens = context.tokens
         self._dispatches: list[Dispatch] = [
             make_dispatch(layer, index, context, config.dispatch_kind)
             for index, layer in enumerate(self.layers)
@@ -221,7 +223,7 @@ class Engine:
         if torch.compiler.is_compiling():
             # In a graph the boundary is one opaque operation that runs at every call.
             clock.begin_step(self._tables.slots_LEM, self._counters.values, self._number)
-        else:
+        elif not recomputing():
             self.begin_forward()
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
