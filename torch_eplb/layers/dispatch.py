@@ -166,7 +166,12 @@ class Dispatch(BoundToRanks):
             physical_TK = choose_from_table(ids_TK, tables.choice_LBP[self.index])
         else:
             physical_TK = choose_locally(
-                ids_TK, hits_E, tables.slots_LEM[self.index], num_ranks, tables.num_slots
+                ids_TK,
+                hits_E,
+                tables.slots_LEM[self.index],
+                num_ranks,
+                tables.num_slots,
+                tables.solver_LEM[self.index],
             )
         ranks_TK = physical_TK // tables.num_slots
         if counted_T is None:

@@ -43,19 +43,27 @@ class DispatchPlan(NamedTuple):
 
 
 def choose_locally(
-    topk_ids_TK: Tensor, counts_E: Tensor, slots_EM: Tensor, num_ranks: int, slots_per_rank: int
+    topk_ids_TK: Tensor,
+    counts_E: Tensor,
+    slots_EM: Tensor,
+    num_ranks: int,
+    slots_per_rank: int,
+    solver_EM: Tensor | None = None,
 ) -> Tensor:
     """Physical ids that balance this batch alone over all ranks.
 
     Without communication: parts that are balanced one by one add up to a balanced whole. A
-    function of the ids and the table only.
+    function of the ids and the tables only.
 
     Args:
         topk_ids_TK: int64 ``[tokens, top-k]``, logical ids.
         counts_E: int64 ``[experts]``, their `count_hits`.
-        slots_EM: int64 ``[experts, M]``, physical ids padded with -1.
+        slots_EM: int64 ``[experts, M]``, physical ids padded with -1. Where it makes no difference
+            to the balance, an expert's first replicas get the tokens.
         num_ranks: R.
         slots_per_rank: S.
+        solver_EM: the same with ranks renamed so that rows ascend (`RoutingTables.solver_LEM` of a
+            layer); None where they do.
 
     Returns:
         int64 ``[tokens, top-k]``; R * S for choices that are in the bin.
@@ -66,7 +74,8 @@ def choose_locally(
     >>> choose_locally(ids, count_hits(ids, 3), slots, 2, 2).flatten().tolist()
     [0, 0, 2, 0, 3]
     """
-    quotas_EM = solve_quotas(counts_E, slots_EM, num_ranks, slots_per_rank)
+    seen_EM = slots_EM if solver_EM is None else solver_EM
+    quotas_EM = solve_quotas(counts_E, seen_EM, num_ranks, slots_per_rank)
     bin_id = num_ranks * slots_per_rank
     return choose_by_quota(topk_ids_TK, quotas_EM, slots_EM, bin_id=bin_id)
 
