@@ -30,6 +30,6 @@ def test_the_examples_in_docstrings_are_true(name: str) -> None:
 def test_modules_with_examples_are_found() -> None:
     assert {
         "torch_eplb.values.placement",
-        "torch_eplb.comm.communicator",
+        "torch_eplb.comm.agreement",
         "torch_eplb.policies.flow",
     } <= set(MODULES)

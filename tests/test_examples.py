@@ -2,37 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def run(*arguments: str, timeout: float = 240.0, cwd: Path = ROOT) -> str:
-    """The output of ``python arguments...``; the test fails if it fails or takes too long."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        output, _ = process.communicate()
-        pytest.fail(f"{arguments} took longer than {timeout:g} s:\n{output}")
-    assert process.returncode == 0, output
-    return output
+from support.programs import run
 
 
 def test_the_main_job_balances_a_trained_model_and_its_tokens_are_equal(tmp_path: Path) -> None:

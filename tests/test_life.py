@@ -24,7 +24,7 @@ from support.models import Experts, ToyModel, skewed_batch
 
 import torch_eplb
 from torch_eplb.planner import worker
-from torch_eplb.planner.messages import PlannerSettings, PlanReply, Refusal, Request
+from torch_eplb.planner.messages import PlannerSettings, ReceivedPlan, Request, check_reply
 from torch_eplb.planner.process import PlannerFault
 from torch_eplb.runtime.cycle import Stage
 from torch_eplb.testing import fake_process_group
@@ -52,21 +52,26 @@ class PlannerOnDemand:
         self.settings = options
         self.restarts = 0
         self.asked: list[Request] = []
-        self.answers: deque[PlanReply | PlannerFault] = deque()
+        self.answers: deque[ReceivedPlan | PlannerFault] = deque()
 
     def submit(self, request_id: int, load: np.ndarray, placement: Placement) -> None:
         # Not this load, which depends on what the fake group leaves in memory.
         self.asked.append(Request(request_id, np.ones(load.shape), placement))
 
-    def poll(self) -> PlanReply | PlannerFault | None:
+    def poll(self) -> ReceivedPlan | PlannerFault | None:
         return self.answers.popleft() if self.answers else None
+
+    def refuse(self, request_id: int, cause: str) -> None:
+        assert request_id == self.asked[-1].request_id
+        self.restarts += 1
 
     def close(self) -> None:
         self.answers.clear()
 
-    def plan(self, request: Request) -> PlanReply:
-        reply = worker.answer(self.settings, request)
-        assert not isinstance(reply, Refusal), reply
+    def plan(self, request: Request) -> ReceivedPlan:
+        frame = worker.answer(self.settings, request).to_frame()
+        reply = check_reply(frame, request, self.settings)
+        assert isinstance(reply, ReceivedPlan), reply
         return reply
 
 

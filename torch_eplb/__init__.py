@@ -16,6 +16,7 @@ from torch_eplb.version import __version__
 if TYPE_CHECKING:
     from torch_eplb.balancer import ExpertLoadBalancer, wrap
     from torch_eplb.layers.spec import register_layer
+    from torch_eplb.policies.rebalance import from_rebalance_experts, rebalance_experts
     from torch_eplb.runtime.config import Config
     from torch_eplb.state.dcp import PlacementState, ShardedState
     from torch_eplb.state.full import full_state_dict
@@ -36,15 +37,19 @@ _HOMES = {
     "ShardedState": "state.dcp",
     "Stats": "values.metrics",
     "Topology": "values.plan",
+    "from_rebalance_experts": "policies.rebalance",
     "full_state_dict": "state.full",
     "load_pretrained": "state.pretrained",
+    "rebalance_experts": "policies.rebalance",
     "register_layer": "layers.spec",
     "wrap": "balancer",
 }
 
 # Modules that the documentation names, as attributes of the package.
 _MODULES = {
+    "adapters": "adapters",
     "expert_map": "files.expert_map",
+    "exporters": "exporters",
     "materialize": "state.materialize",
     "plot": "offline.plot",
     "simulate": "offline.simulate",
@@ -64,8 +69,10 @@ __all__ = [
     "Stats",
     "Topology",
     "__version__",
+    "from_rebalance_experts",
     "full_state_dict",
     "load_pretrained",
+    "rebalance_experts",
     "register_layer",
     "wrap",
 ]

@@ -6,6 +6,7 @@ No machinery: that is `runtime.engine`, and what is done with a model's state is
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,12 +18,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Unpack
 
+from torch_eplb.exporters.text import report
 from torch_eplb.layers.dispatch import BoundToRanks
 from torch_eplb.runtime.config import Config
 from torch_eplb.runtime.engine import Engine
 from torch_eplb.runtime.options import Options
 from torch_eplb.runtime.prepare import prepare
-from torch_eplb.state import full
+from torch_eplb.state import full, saving
 from torch_eplb.values.events import CommittedRound
 from torch_eplb.values.metrics import Stats
 from torch_eplb.values.placement import Placement
@@ -134,6 +136,20 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
         """
         self.engine.boundary()
 
+    def idle_step(self) -> None:
+        """Make a forward without tokens: for a rank that has no work while others have some.
+
+        Joins their step with an empty batch in every MoE layer, and runs nothing else of the model,
+        which need not be able to take an empty batch. With ``dispatch="all_to_all"``, once every
+        layer has been called on this rank; without gradients.
+
+        Raises:
+            ValueError: another dispatch.
+            EPLBError: a layer has not been called yet on this rank.
+            PeerLostError: a rank did not come within ``timeout``.
+        """
+        self.engine.idle_step()
+
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Tell which phase the forwards inside are: "prefill" or "decode"."""
@@ -176,6 +192,19 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
         """State and totals since wrapping."""
         return self.engine.stats()
 
+    def window_load(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """All ranks' tokens in the last collection window, or None before the first one.
+
+        Returns:
+            int64 ``[layers, experts]`` by logical expert, ``[layers, ranks]`` by the rank chosen.
+            Waits for nothing.
+        """
+        return self.engine.window_load()
+
+    def report(self) -> str:
+        """State and totals as a table for people; ``print(balancer.report())``."""
+        return report(self.stats(), self.placement, self.window_load())
+
     def load(self) -> tuple[np.ndarray, np.ndarray]:
         """This rank's recorded tokens since wrapping; sums over ranks give the whole load.
 
@@ -200,6 +229,22 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
             if not 0 <= value < end:
                 raise ValueError(f"{name} must be in 0..{end - 1}, got {value}")
         return self.engine.expert(layer, expert)
+
+    def expert_parameters(self) -> Iterator[nn.Parameter]:
+        """This rank's expert parameters, ``[slots, ...]`` each, of all layers.
+
+        Under the same names other ranks have other experts: give them to whatever must leave such
+        parameters alone, ``fully_shard(model, ignored_params=set(balancer.expert_parameters()))``.
+        """
+        for layer in self.engine.layers:
+            for tensor in layer.tensors():
+                if isinstance(tensor, nn.Parameter):
+                    yield tensor
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        # DistributedDataParallel reads it from the module that it is given.
+        return [f"module.{name}" for name in self.engine.guards.expert_names]
 
     def register_rebalance_hook(self, hook: Callable[[CommittedRound], None]) -> RemovableHandle:
         """Call ``hook(committed)`` after every committed round, on every rank.
@@ -233,6 +278,13 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
         if hasattr(destination, "_metadata"):
             destination._metadata.update(getattr(state, "_metadata", {}))
         return destination
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write the unwrapped model with its own ``save_pretrained``, on rank 0. Collective.
+
+        See `torch_eplb.state.saving.save_pretrained`.
+        """
+        saving.save_pretrained(self, folder, **kwargs)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

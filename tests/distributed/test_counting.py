@@ -136,25 +136,23 @@ def test_a_mask_that_does_not_fit_is_refused() -> None:
         balancer(torch.zeros(5, 16))  # the mask is gone with its block
 
 
-class Checkpointed(nn.Module):
-    def __init__(self, inner: ToyModel, reentrant: bool) -> None:
+class Checkpointed(ToyModel):
+    def __init__(self, reentrant: bool) -> None:
         super().__init__()
-        self.inner = inner
         self.reentrant = reentrant
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.inner.layers:
+        for layer in self.layers:
             x = x + checkpoint(layer, x, use_reentrant=self.reentrant)
         return x
 
 
 def recomputed(rank: int, world_size: int, reentrant: bool, whole: bool, folder: str) -> None:
-    plain = ToyModel()
     for dispatch, choice in WAYS:
-        model = copy.deepcopy(plain)
+        model = ToyModel() if whole else Checkpointed(reentrant)
         trace = Path(folder) / f"{dispatch}-{choice}.npz"
         balancer = torch_eplb.wrap(
-            model if whole else Checkpointed(model, reentrant),
+            model,
             dispatch=dispatch,
             replica_choice=choice,
             policy="static",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.models import ToyModel, skewed_batch
 from support.moving import (
     CLOSE,
@@ -256,6 +257,21 @@ def nested(rank: int, world_size: int) -> None:
 
 def test_a_wrapped_part_of_a_model_is_saved_and_loaded_with_the_whole() -> None:
     run_ranks(nested, 2)
+
+
+def saved_by_rank_0_only(rank: int, world_size: int) -> None:
+    balancer = torch_eplb.wrap(ToyModel(), num_redundant_experts=4, timeout=1)
+    if rank == 0:
+        with pytest.raises(torch_eplb.PeerLostError, match="did not answer within 1 s"):
+            balancer.state_dict()
+    # The other rank is there all the time. Not a barrier: gloo's group is unusable by now.
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"done {rank}", "")
+    store.wait([f"done {other}" for other in range(world_size)])
+
+
+def test_a_state_dict_that_only_rank_0_asks_for_ends_with_the_time_limit() -> None:
+    run_ranks(saved_by_rank_0_only, 2)
 
 
 # ---- copying ------------------------------------------------------------------------------------

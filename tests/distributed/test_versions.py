@@ -18,7 +18,8 @@ def versions(balancer: torch_eplb.ExpertLoadBalancer) -> list[list[int]]:
 
 def moved_in_between(rank: int, world_size: int, redundant: int, inference: bool) -> None:
     model = ToyModel(num_layers=3)
-    with torch_eplb.wrap(model, policy="static", num_redundant_experts=redundant) as balancer:
+    options = {"num_redundant_experts": redundant, "allow_training_with_moves": True}
+    with torch_eplb.wrap(model, policy="static", **options) as balancer:  # type: ignore[arg-type]
         experts = balancer.placement.experts.copy()
         experts[2] = experts[2, ::-1]  # the ranks of the last layer change places
         x = skewed_batch(10, 16, rank)

@@ -126,11 +126,11 @@ def damaged_on_the_way(rank: int, world_size: int) -> tuple[list[str], int, int]
     calls = itertools.count()
     decode = cycle.decode_plan
 
-    def decode_damaged(words: Any, current: Any) -> Any:
+    def decode_damaged(words: Any, *others: Any) -> Any:
         if rank == 1 and next(calls) == 1:
             words = words.copy()
             words[-6] ^= 1  # the last transfer's expert
-        return decode(words, current)
+        return decode(words, *others)
 
     cycle.decode_plan = decode_damaged
     model = ToyModel()

@@ -7,7 +7,6 @@ plan again without help; where the server dies, nothing of the planner may stay.
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import importlib
 import os
 import signal
@@ -25,35 +24,25 @@ import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.limits import LIMIT, hard_limit  # noqa: F401 (a fixture of every test here)
+from support.stand_ins import stand_in
 
-import torch_eplb
 from torch_eplb.planner import process, worker
 from torch_eplb.planner.frames import DTYPES, Frame
 from torch_eplb.planner.messages import Request, check_reply
-from torch_eplb.planner.process import Planner, PlannerFault, PlannerSettings, PlanReply
+from torch_eplb.planner.process import (
+    Planner,
+    PlannerFault,
+    PlannerSettings,
+    PlanReply,
+    ReceivedPlan,
+)
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Topology
 
-LIMIT = 60
 LAYERS, EXPERTS, RANKS, SLOTS = 2, 6, 4, 2
 PLACEMENT = Placement.initial(LAYERS, EXPERTS, RANKS, SLOTS)
 LOAD = np.random.default_rng(0).gamma(0.3, 100.0, size=(4, LAYERS, EXPERTS))
-
-
-@pytest.fixture(autouse=True)
-def hard_limit() -> Iterator[None]:
-    """Fail a test that hangs; end the whole run if even that is not possible."""
-
-    def overdue(*_: object) -> None:
-        raise TimeoutError(f"the test took more than {LIMIT} s")
-
-    before = signal.signal(signal.SIGALRM, overdue)
-    signal.alarm(LIMIT)
-    faulthandler.dump_traceback_later(2 * LIMIT, exit=True)
-    yield
-    faulthandler.cancel_dump_traceback_later()
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture
@@ -86,8 +75,17 @@ def wait_for(condition: Callable[[], Any], limit: float = 30.0) -> Any:
 
 
 def ask(planner: Planner, request_id: int = 1) -> PlanReply | PlannerFault:
+    """The answer, with its rounds looked through, as the ranks do."""
     planner.submit(request_id, LOAD, PLACEMENT)
-    return wait_for(planner.poll)
+    answer = wait_for(planner.poll)
+    if isinstance(answer, ReceivedPlan):
+        try:
+            for _ in answer.unchecked:
+                pass
+        except ValueError as error:
+            planner.refuse(request_id, str(error))
+            return PlannerFault(request_id, f"answer refused: {error}")
+    return answer
 
 
 def ask_impatiently(planner: Planner, request_id: int = 1) -> PlanReply | PlannerFault:
@@ -331,32 +329,6 @@ def test_closing_ends_a_stopped_planner(start) -> None:
 
 # -- stand-ins that answer garbage ----------------------------------------------------------------
 
-STAND_IN = f"""
-import os, socket, sys, time
-sys.path.insert(0, {str(Path(torch_eplb.__file__).parent.parent)!r})
-import numpy as np
-from torch_eplb.planner.frames import *
-from torch_eplb.planner.messages import *
-from torch_eplb.planner.worker import answer
-sock = socket.socket(fileno=int(sys.argv[1]))
-reader = FrameReader(sock, Kind)
-def send(frame): sock.sendall(b"".join(encode(frame)))
-def receive():
-    settings = PlannerSettings.from_frame(reader.read())
-    return settings, Request.from_frame(reader.read())
-def reply(**changes):
-    frame = answer(*receive()).to_frame()
-    fields = {{k: changes.get(k, v) for k, v in frame.fields.items()}}
-    arrays = {{k: changes.get(k, v) for k, v in frame.arrays.items()}}
-    send(Frame(frame.kind, fields, {{k: v for k, v in arrays.items() if v is not None}}))
-ready = lambda: send(Frame(Kind.READY, {{}}))
-"""
-STAY = "\ntime.sleep(1000)"
-
-
-def stand_in(source: str) -> Callable[[int], list[str]]:
-    return lambda fd: [sys.executable, "-c", STAND_IN + textwrap.dedent(source) + STAY, str(fd)]
-
 
 @pytest.mark.parametrize(
     ("source", "cause"),
@@ -369,28 +341,45 @@ def stand_in(source: str) -> Callable[[int], list[str]]:
         ("ready(); receive(); send(Frame(Kind.REPLY, {}))", "an answer to request None, not to 1"),
         ("ready(); reply(request_id=2)", "an answer to request 2, not to 1"),
         ("ready(); reply(request_id=True)", "an answer to request True, not to 1"),
-        ("ready(); reply(plan_seconds='1')", "plan_seconds '1' is not a duration"),
+        ("ready(); reply(plan_for=2)", "a plan for request 2, not for 1"),
         ("ready(); reply(plan_seconds=-1.0)", "plan_seconds -1.0 is not a duration"),
+        ("ready(); reply(plan_seconds=np.nan)", "plan_seconds nan is not a duration"),
         ("ready(); reply(split=np.zeros(1 << 20))", "(limit "),
-        ("ready(); reply(split=None)", "an answer without split"),
-        (
-            "ready(); reply(split=np.zeros((2, 4, 2), int))",
-            "split must be <f8 of the shape [2, 4, 2]",
-        ),
-        ("ready(); reply(split=np.full((2, 4, 2), np.nan))", "answer refused: "),
-        ("ready(); reply(split=np.full((2, 4, 2), 1e300))", "answer refused: "),
-        ("ready(); reply(predicted_par=np.zeros(3))", "predicted_par must be"),
-        ("ready(); reply(predicted_par=np.full(2, np.nan))", "answer refused: "),
-        ("ready(); reply(placement=np.zeros((2, 4, 3), 'i4'))", "placement must be <i4"),
+        ("ready(); reply(lambda words: None)", "an answer without plan"),
+        ("ready(); reply(lambda words: words.astype('i4'))", "plan must be <i8 of one dimension"),
+        ("ready(); reply(lambda words: words[None])", "plan must be <i8 of one dimension"),
+        ("ready(); reply(lambda words: words[:36])", "an array of 36 integers is no plan for"),
+        ("ready(); reply(magic=7)", "integers is no plan for"),
+        ("ready(); reply(split=np.full((2, 4, 2), np.nan))", "has the share nan"),
+        ("ready(); reply(split=np.full((2, 4, 2), 1e300))", "the shares of expert 0 sum to"),
+        ("ready(); reply(split=np.zeros((2, 4, 2), int))", "expert 0 sum to 0.0, not to 1"),
+        ("ready(); reply(predicted_par=np.zeros(3))", "not a schedule"),
+        ("ready(); reply(predicted_par=np.full(2, np.nan))", "layer 0: predicted_par is nan"),
         ("ready(); reply(placement=np.zeros((2, 4, 2), 'i4'))", "expert 1 has no slot"),
         (
-            "ready(); reply(placement=np.full((2, 4, 2), 1 << 30, 'i4'))",
+            "ready(); reply(placement=np.full((2, 4, 2), 1 << 62))",
             "is not one of the 6 experts",
         ),
         ("ready(); reply(placement=np.full((2, 4, 2), -1, 'i4'))", "is not one of the 6 experts"),
         ("ready(); reply(schedule=np.arange(99))", "not a schedule"),
-        ("ready(); reply(schedule=np.zeros((3, 3), int))", "a schedule must be a 1-D"),
-        ("ready(); reply(schedule=np.array([0x65706C62, 1 << 62]))", "answer refused: "),
+        ("ready(); reply(schedule=[])", "not a schedule"),
+        (
+            "ready(); reply(schedule=np.array([0x65706C62, 1 << 62]))",
+            "answer refused: a schedule of 4611686018427387904 rounds cannot have 2 numbers",
+        ),
+        ("ready(); reply(lambda words: words[:-1])", "the schedule is cut or too long"),
+        ("ready(); reply_with_rounds(lambda r: r[:-1])", "refused: after the last round layer"),
+        ("ready(); reply_with_rounds(lambda r: r[1:])", "answer refused: round 0"),
+        ("ready(); reply_with_rounds(in_one)", "answer refused: round 0"),
+        (
+            "ready(); reply_for_other(staging_bytes=9000, direct=False)",
+            "bytes, the staging has 1000",
+        ),
+        (
+            "ready(); reply_for_other(layers_per_round=2)",
+            "touches 2 layers, layers_per_round is 1",
+        ),
+        ("ready(); reply_with_rounds(lambda r: r + r)", "answer refused: round "),
         ("receive(); os.close(sock.fileno())", "planner process closed its channel"),
         ("print('bad luck'); sys.exit(4)", "exited with status 4: bad luck"),
         ("raise ImportError('no numpy here')", "exited with status 1: ImportError: no numpy here"),
@@ -475,6 +464,49 @@ def test_the_pause_before_a_restart_grows_with_each_fault_and_shrinks_after_a_pl
     assert planner._failures == 0
 
 
+def test_the_pause_grows_when_plans_arrive_and_are_refused(start) -> None:
+    wrong = stand_in("ready(); reply_with_rounds(lambda rounds: rounds[:-1])")
+    planner = start(_command=wrong)
+    for failures in (1, 2, 3):
+        assert "after the last round" in fault_of(ask(planner, failures)).cause
+        assert planner._failures == failures
+    planner._command = None
+    plan_of(ask(planner, 9))
+    plan_of(ask(planner, 10))
+    planner.refuse(10, "it is wrong")
+    assert planner._failures == 1
+    assert planner.restarts == 3
+
+
+def test_only_the_last_plan_can_be_refused_and_only_once(start) -> None:
+    planner = start()
+    planner.refuse(1, "there is none")
+    plan_of(ask(planner, 1))
+    planner.refuse(2, "it was never asked for")
+    pid = planner.pid
+    plan_of(ask(planner, 2))
+    assert planner.pid == pid
+    planner.refuse(2, "it is wrong")
+    assert planner.pid is None
+    planner.refuse(2, "it is wrong")
+    plan_of(ask(planner, 3))
+    assert planner.restarts == 1
+    # The next one has been asked already, and gets its answer: this fault.
+    planner.submit(4, LOAD, PLACEMENT)
+    planner.refuse(3, "it is \x07wrong")
+    assert planner.poll() == PlannerFault(4, "answer refused: it is wrong")
+    plan_of(ask(planner, 5))
+    assert planner.restarts == 2
+
+
+def test_a_plan_of_a_policy_in_a_thread_can_be_refused_as_well(start) -> None:
+    planner = start(lambda load, placement, topology: placement)
+    plan_of(ask(planner, 1))
+    planner.refuse(1, "it is wrong")
+    plan_of(ask(planner, 2))
+    assert planner.restarts == 1
+
+
 def test_answers_with_flipped_bytes_are_faults_or_harmless(start) -> None:
     flip = """
         import random
@@ -497,6 +529,7 @@ def test_answers_with_flipped_bytes_are_faults_or_harmless(start) -> None:
 
 
 REQUEST = Request(1, LOAD, PLACEMENT)
+SIZE = PLACEMENT.experts.size
 
 
 @settings(max_examples=200, deadline=None)
@@ -504,29 +537,33 @@ REQUEST = Request(1, LOAD, PLACEMENT)
 def test_no_array_that_a_planner_may_send_gets_past_the_check_unless_it_is_a_plan(data) -> None:
     honest = plan_of(worker.answer(settings_for(), REQUEST))
     frame = honest.to_frame()
-    name = data.draw(st.sampled_from(sorted(frame.arrays)))
-    array = np.array(frame.arrays[name])
-    if data.draw(st.booleans()):
-        array = array.astype(data.draw(st.sampled_from(DTYPES)))
-    number = st.integers(-(1 << 62), 1 << 62) | st.integers(-2, 9)
-    if array.dtype.kind == "f":
-        number = st.floats() | st.floats(-2, 2)
+    words = np.array(frame.arrays["plan"])
+    ends = [0, 3, 3 + SIZE, 3 + 2 * SIZE, 3 + 2 * SIZE + LAYERS, len(words)]
+    part = data.draw(st.integers(0, 4))  # head, placement, split, predicted PAR, rounds
+    number: Any = st.integers(-(1 << 62), 1 << 62) | st.integers(-2, 9)
+    if part in (2, 3):
+        number |= (st.floats() | st.floats(-2, 2)).map(lambda value: np.float64(value).view(int))
     for _ in range(data.draw(st.integers(1, 3))):
-        if array.size:
-            with np.errstate(all="ignore"), contextlib.suppress(OverflowError, ValueError):
-                array.flat[data.draw(st.integers(0, array.size - 1))] = data.draw(number)
+        words[data.draw(st.integers(ends[part], ends[part + 1] - 1))] = data.draw(number)
     if data.draw(st.booleans()):
-        array = array.reshape(-1)[: data.draw(st.integers(0, array.size))]
-    changed = Frame(frame.kind, frame.fields, {**frame.arrays, name: array})
+        words = words[: data.draw(st.integers(0, len(words)))]
+    array: Any = words
+    if data.draw(st.sampled_from([False] * 9 + [True])):
+        with np.errstate(all="ignore"):
+            array = words.astype(data.draw(st.sampled_from(DTYPES)))
+    changed = Frame(frame.kind, frame.fields, {"plan": array})
     try:
         accepted = check_reply(changed, REQUEST, settings_for())
-    except Exception:
-        return  # whatever it is, it is a refusal: `ProcessHost` is the border
-    assert isinstance(accepted, PlanReply)
+        assert isinstance(accepted, ReceivedPlan)
+        for _ in accepted.unchecked:
+            pass
+    except ValueError:
+        return  # a refusal
     plan = accepted.plan
     assert np.isfinite(plan.split).all()
     assert np.isfinite(plan.predicted_par).all()
     assert accepted.schedule.target == plan.placement
+    assert accepted.schedule.placements()[-1:] in ([], [plan.placement])
 
 
 # -- the server's end -----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import signal
 import time
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.models import ToyModel, skewed_batch
-from support.ranks import run_ranks
+from support.ranks import RankFailed, run_ranks
 from torch import nn
 
 import torch_eplb
@@ -85,7 +86,7 @@ def lose_a_rank(rank: int, world_size: int, how: int, dispatch: str) -> dict[str
 
     with torch.no_grad(), pytest.raises(torch_eplb.PeerLostError) as caught:
         serve_until_a_rank_is_lost()
-    assert 1 in caught.value.ranks
+    assert caught.value.ranks == (1,)
     assert caught.value.round_index == balancer.engine._migration.round
     assert f"in round {caught.value.round_index}" in str(caught.value)
     # The live slots hold what the last committed placement says; what was lost can be replaced.
@@ -107,9 +108,71 @@ def test_when_a_rank_is_killed_in_a_round_the_others_raise_and_keep_their_weight
     survivors = [results[0], results[2]]
     assert results[1] == -signal.SIGKILL
     assert survivors[0]["version"] == survivors[1]["version"]
-    # A survivor that notices late may be taken for lost as well; that rank 1 is named, and the
-    # round, was checked where it was raised.
     assert all("did not answer within 4 s" in survivor["message"] for survivor in survivors)
+
+
+def serve_until_killed(rank: int, world_size: int, dispatch: str) -> tuple[tuple[int, ...], bool]:
+    """Rank 2 is killed in the middle of a forward, with the default time limit of a minute."""
+    model = ToyModel(num_layers=3)
+    if rank == 2:
+        seen = itertools.count()
+
+        def strike(*_: Any) -> None:
+            if next(seen) == 7:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        model.layers[1].register_forward_pre_hook(strike)
+    options: Any = {"dispatch": dispatch, "policy": "static", "num_redundant_experts": 2}
+    balancer = torch_eplb.wrap(model, **options)
+
+    def serve() -> None:
+        for step in itertools.count():
+            balancer(skewed_batch(6, 16, 10 * step + (rank if dispatch == "all_to_all" else 0)))
+
+    with torch.no_grad(), pytest.raises(torch_eplb.PeerLostError) as caught:
+        serve()
+    stats = balancer.stats()
+    balancer.close()
+    return caught.value.ranks, str(caught.value) == stats.disabled
+
+
+@pytest.mark.parametrize("dispatch", ["all_to_all", "all_reduce"])
+def test_all_survivors_notice_a_death_at_once_and_name_the_dead_only(dispatch: str) -> None:
+    # In a ring only the dead rank's neighbours are told by the backend.
+    results = run_ranks(serve_until_killed, 5, dispatch, may_die=(2,), timeout=50)
+    assert results.pop(2) == -signal.SIGKILL
+    assert results == [((2,), True)] * 4
+
+
+def leave_early(rank: int, world_size: int) -> None:
+    """Rank 1's process ends in good order while the others are still at work with each other."""
+    from torch_eplb.comm.communicator import make_communicator
+
+    assert dist.group.WORLD is not None
+    comm = make_communicator(dist.group.WORLD, torch.device("cpu"), 20.0)
+    if rank == 1:
+        comm._losses.leave()
+        os._exit(0)
+    while not comm._losses._beside[1].is_gone():
+        time.sleep(0.01)
+    pair = make_pair(comm)
+    if rank == 2:
+        time.sleep(1.0)  # longer than a slice and the grace after it: what is waited for is late
+    values = torch.ones(1)
+    comm.wait_for(dist.all_reduce(values, group=pair, async_op=True), "the sum")
+    assert values.item() == 2
+    assert comm.failure is None
+
+
+def make_pair(comm: Any) -> Any:
+    from torch_eplb.comm.groups import make_group
+
+    return make_group("test/pair", [0, 2], "gloo", None, 20.0)
+
+
+def test_a_process_that_has_left_in_good_order_is_not_taken_for_lost() -> None:
+    with pytest.raises(RankFailed, match="1 of 3 ranks failed\\n--- rank 1: died with exit code 0"):
+        run_ranks(leave_early, 3)
 
 
 def stall(rank: int, world_size: int) -> str:
@@ -140,7 +203,7 @@ def stall(rank: int, world_size: int) -> str:
 
 def test_a_rank_that_stalls_longer_than_the_time_limit_is_lost() -> None:
     results = run_ranks(stall, 2)
-    assert "rank 1 did not answer within 3 s" in results[0]
+    assert "rank 1 died, or did not answer within 3 s" in results[0]
 
 
 def drop(rank: int, world_size: int) -> None:

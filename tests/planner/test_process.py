@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import faulthandler
 import gc
 import importlib
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
@@ -23,6 +21,7 @@ import numpy as np
 import psutil
 import pytest
 from support.forks import in_fork
+from support.limits import LIMIT, hard_limit  # noqa: F401 (a fixture of every test here)
 
 import torch_eplb
 from torch_eplb.planner import worker
@@ -37,26 +36,9 @@ from torch_eplb.planner.process import (
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Plan, Topology
 
-LIMIT = 60
 LAYERS, EXPERTS, RANKS, SLOTS = 3, 8, 4, 3
 PLACEMENT = Placement.initial(LAYERS, EXPERTS, RANKS, SLOTS)
 LOAD = np.random.default_rng(0).gamma(0.3, 100.0, size=(4, LAYERS, EXPERTS))
-
-
-@pytest.fixture(autouse=True)
-def hard_limit() -> Iterator[None]:
-    """Fail a test that hangs; end the whole run if even that is not possible."""
-
-    def overdue(*_: object) -> None:
-        raise TimeoutError(f"the test took more than {LIMIT} s")
-
-    before = signal.signal(signal.SIGALRM, overdue)
-    signal.alarm(LIMIT)
-    faulthandler.dump_traceback_later(2 * LIMIT, exit=True)
-    yield
-    faulthandler.cancel_dump_traceback_later()
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 def settings_for(policy: str | Callable[..., Any] = "deepseek", **changes: Any) -> PlannerSettings:
@@ -219,6 +201,52 @@ def test_an_importable_policy_runs_in_the_child(start, importable) -> None:
     assert planner.pid != os.getpid()
 
 
+THEIRS = """
+    import os, sys
+    class Algorithm:
+        @classmethod
+        def rebalance_experts(cls, weight, replicas, groups, nodes, gpus, *, factor):
+            assert "torch" not in sys.modules
+            raise RuntimeError(f"pid {os.getpid()}, {factor}, {weight.dtype}, {replicas, gpus}")
+"""
+
+
+def test_an_importable_function_with_deepseeks_signature_runs_in_the_child(
+    start, importable
+) -> None:
+    theirs = importable(THEIRS).Algorithm.rebalance_experts
+    planner = start(torch_eplb.from_rebalance_experts(theirs, factor=[1, "2"]))
+    cause = cause_of(ask(planner))
+    assert cause == f"policy raised RuntimeError: pid {planner.pid}, [1, '2'], float64, (12, 4)"
+    assert planner.pid != os.getpid()
+
+
+def test_a_function_with_deepseeks_signature_and_what_json_cannot_say_runs_in_a_thread(
+    start, importable
+) -> None:
+    theirs = importable(THEIRS.replace("assert", "#")).Algorithm.rebalance_experts
+    planner = start(torch_eplb.from_rebalance_experts(theirs, factor=1j))
+    assert planner.pid is None
+    assert f"pid {os.getpid()}, 1j, float64" in cause_of(ask(planner))
+
+
+def test_a_function_that_wants_tensors_gets_them_in_the_child(start, importable) -> None:
+    module = importable("""
+        import os
+        import torch
+        def rebalance_experts(weight: torch.Tensor, num_replicas, groups, nodes, gpus):
+            order = weight.sort(-1, descending=True).indices
+            phy2log = torch.cat((order, order[:, : num_replicas - order.shape[1]]), dim=1)
+            return phy2log, None, torch.tensor(os.getpid())
+    """)
+    planner = start(torch_eplb.from_rebalance_experts(module.rebalance_experts))
+    plan = plan_of(ask(planner)).plan
+    assert planner.pid is not None
+    hottest = np.sort(np.argsort(-LOAD.mean(axis=0), axis=1)[:, :4], axis=1)
+    for layer, counts in enumerate(plan.placement.replica_counts()):
+        assert np.flatnonzero(counts == 2).tolist() == hottest[layer].tolist()
+
+
 def test_a_closure_runs_in_a_thread_of_this_process(start) -> None:
     seen: list[str] = []
 
@@ -278,7 +306,7 @@ def test_it_works_from_programs_without_a_main_guard(tmp_path: Path, way: str) -
         shell = f"import code; code.InteractiveInterpreter().runsource({program!r}, '', 'exec')"
         printed = run_python("-c", shell, cwd=elsewhere)
     name = "__console__" if way == "interactive" else "__main__"
-    assert printed == f"main runs as {name}\nPlanReply  False\n"
+    assert printed == f"main runs as {name}\nReceivedPlan  False\n"
 
 
 def test_a_policy_of_the_main_program_runs_in_a_thread(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torch_eplb.policies.deepseek import groups_on_nodes, place, rebalance_experts
+from torch_eplb.policies.deepseek import groups_on_nodes, place
+from torch_eplb.policies.rebalance import rebalance_experts
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Topology
 
@@ -84,10 +85,10 @@ def test_a_hot_expert_gets_the_replicas() -> None:
 @pytest.mark.parametrize(
     ("numbers", "named"),
     [
-        ((15, 4, 2, 8), r"num_replicas \(15\) must be a multiple of num_ranks \(8\)"),
+        ((15, 4, 2, 8), r"num_replicas \(15\) must be a multiple of num_gpus \(8\)"),
         ((16, 5, 5, 8), r"experts \(12\) must be a multiple of num_groups \(5\)"),
-        ((18, 3, 3, 2), r"num_ranks \(2\) must be a multiple of num_nodes \(3\)"),
-        ((8, 4, 2, 8), "8 replicas cannot hold 12 experts"),
+        ((18, 3, 3, 2), r"num_gpus \(2\) must be a multiple of num_nodes \(3\)"),
+        ((8, 4, 2, 8), r"num_replicas \(8\) cannot hold 12 experts"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(
@@ -98,7 +99,7 @@ def test_numbers_that_do_not_fit_are_refused(
 
 
 def test_weights_of_another_shape_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"\[layers, experts\], got shape \[12\]"):
+    with pytest.raises(ValueError, match=r"\[layers, experts\] .* got \[12\]"):
         rebalance_experts(WEIGHT[0], 16, 4, 2, 8)
 
 

@@ -40,7 +40,7 @@ def policy(load: Any, placement: Any, topology: Any) -> Any:
         ("timeout", None, "must be a number"),
         ("target_par", 0.9, "at least 1.0"),
         ("min_gain", "much", "must be a number"),
-        ("max_moves", 0, "at least 1"),
+        ("max_moves", -1, "at least 0"),
         ("overlap", "yes", "True or False"),
         ("expert_map", 7, "must be a path"),
         ("num_nodes", 0, "at least 1"),

@@ -14,6 +14,7 @@ import sys
 import threading
 import types
 from datetime import timedelta
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 import torch.distributed as dist
@@ -70,6 +71,8 @@ def install() -> None:
     module.ProcessGroupHCCL = types.SimpleNamespace(Options=Options)  # type: ignore[attr-defined]
     for name in ("torch_npu", "torch_npu._C"):
         sys.modules[name] = types.ModuleType(name)
+        # Other libraries look for it with importlib.util.find_spec, which wants one.
+        sys.modules[name].__spec__ = ModuleSpec(name, None)
     sys.modules[module.__name__] = module
     original = dist.batch_isend_irecv
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -159,6 +160,76 @@ def test_the_initial_placement_has_experts_in_order(shape: tuple[int, int, int])
     placement = Placement.initial(3, experts, ranks, slots)
     flat = placement.experts.reshape(3, -1)
     assert (flat == np.arange(ranks * slots) % experts).all()
+
+
+# DeepSeek's triple.
+
+
+@given(made=placements(), doubled=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_the_triple_says_what_the_placement_says_and_leads_back_to_it(
+    made: list[Placement], doubled: bool
+) -> None:
+    (placement,) = made
+    if doubled:  # an expert twice on a rank, as DeepSeek's algorithm may answer
+        rows = np.concatenate((placement.experts, placement.experts[:, :, :1]), axis=2)
+        placement = Placement(rows, placement.num_experts, allow_duplicates=True)
+    phy2log, log2phy, logcnt = placement.phy2log, placement.log2phy, placement.logcnt
+    layers, experts = placement.num_layers, placement.num_experts
+    assert phy2log.shape == (layers, placement.num_ranks * placement.num_slots)
+    assert log2phy.shape == (layers, experts, logcnt.max())
+    assert logcnt.shape == (layers, experts)
+    assert phy2log.dtype == log2phy.dtype == logcnt.dtype == np.int64
+    for layer in range(layers):
+        for expert in range(experts):
+            slots = placement.slots_of(layer, expert)
+            padding = [-1] * (logcnt.max() - len(slots))
+            assert logcnt[layer, expert] == len(slots)
+            assert log2phy[layer, expert].tolist() == slots + padding
+    for given_as in (phy2log, phy2log.tolist(), torch.from_numpy(phy2log), phy2log.astype("u1")):
+        for num_experts in (experts, None):
+            again = Placement.from_phy2log(
+                given_as, placement.num_ranks, num_experts, allow_duplicates=doubled
+            )
+            assert again == placement
+
+
+def test_the_triple_is_new_at_each_look() -> None:
+    placement = Placement(GOOD, 4)
+    for name in ("phy2log", "log2phy", "logcnt"):
+        getattr(placement, name)[:] = 9
+    assert placement == Placement(GOOD, 4)
+    assert placement.phy2log.tolist() == [[0, 1, 2, 0, 3, 1]] * 2
+
+
+FLAT = GOOD.reshape(2, 6)
+
+
+@pytest.mark.parametrize(
+    ("phy2log", "num_ranks", "error", "says"),
+    [
+        (FLAT.astype(float), 3, TypeError, "phy2log must be an integer array .* dtype float64"),
+        (torch.ones(2, 6, requires_grad=True), 3, TypeError, "phy2log must .* dtype float32"),
+        (GOOD, 3, ValueError, r"phy2log must have the shape .* got \[2, 3, 2\]"),
+        (FLAT[:0], 3, ValueError, r"each at least 1, got \[0, 6\]"),
+        ([[0, 1], [0]], 1, ValueError, "phy2log must be an integer array .* inhomogeneous"),
+        (FLAT, 0, ValueError, "num_ranks must be at least 1, got 0"),
+        (
+            FLAT,
+            4,
+            ValueError,
+            r"phy2log has 6 physical experts .* must be a multiple of num_ranks \(4\)",
+        ),
+        (FLAT - 4, 3, ValueError, "layer 0, rank 0, slot 0: expert -4 is not one of the 1 experts"),
+        (FLAT * 2, 3, ValueError, "layer 0: expert 1 has no slot on any rank"),
+        (FLAT[:, [0, 3, 1, 2, 4, 5]], 3, ValueError, "rank 0: expert 0 sits in 2 slots"),
+    ],
+)
+def test_an_array_that_is_no_phy2log_is_refused_by_name(
+    phy2log: Any, num_ranks: int, error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        Placement.from_phy2log(phy2log, num_ranks)
 
 
 # What would have to move.

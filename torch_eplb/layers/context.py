@@ -12,6 +12,7 @@ import torch
 
 from torch_eplb.comm.communicator import Communicator
 from torch_eplb.layers.position import Position
+from torch_eplb.layers.roster import Roster
 from torch_eplb.routing import LoadCounters, RoutingTables
 
 __all__ = ["LayerContext", "TokenMask", "Trips", "recomputing"]
@@ -81,6 +82,7 @@ class LayerContext:
         tables: routing tables of all layers, updated in place.
         counters: load counters of all layers, updated in place.
         position: where this rank is.
+        roster: the models of the group.
         tokens: which rows are counted.
     """
 
@@ -88,6 +90,7 @@ class LayerContext:
     tables: RoutingTables
     counters: LoadCounters
     position: Position
+    roster: Roster
     tokens: TokenMask = field(default_factory=TokenMask)
 
 

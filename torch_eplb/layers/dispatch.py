@@ -47,6 +47,7 @@ from torch_eplb.routing import (
     plan_dispatch,
 )
 from torch_eplb.values.choices import DispatchKind, DispatchName
+from torch_eplb.values.errors import EPLBError
 
 _Hook = TypeVar("_Hook", bound=Callable[..., Any])
 
@@ -113,6 +114,18 @@ class Dispatch(BoundToRanks):
     def after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
+        raise NotImplementedError
+
+    def _call_roster(self) -> None:
+        """Where several models are wrapped: make sure that all ranks are in this one."""
+        self.context.roster.call(self.context.position.at(self.index))
+
+    def visit(self) -> None:
+        """Enter the layer without tokens, for other ranks that have some.
+
+        Raises:
+            EPLBError: the layer has not been called yet on this rank.
+        """
         raise NotImplementedError
 
     def _hidden_states(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -207,12 +220,16 @@ class AllToAll(Dispatch):
     def __init__(self, layer: ExpertLayer, index: int, context: LayerContext) -> None:
         super().__init__(layer, index, context)
         self._trips: Trips[_Trip] = Trips(layer.name)
+        self._empty: tuple[torch.Tensor, ...] | None = None  # a call without tokens
 
     @_outside_graphs
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden_TH, router_ids, weights_TK = self._read(args, kwargs)
+        self._call_roster()
+        if self._empty is None:
+            self._empty = tuple(x[:0].detach() for x in (hidden_TH, router_ids, weights_TK))
         with torch.no_grad():
             ids_TK = self._logical(router_ids)
             counted_T = self._tokens(len(ids_TK), args, kwargs)
@@ -273,6 +290,18 @@ class AllToAll(Dispatch):
         position = context.position.enter(self.index)
         received = exchange_counts(pad(send_RS, (0, 1), value=position), comm)
         return order_by_id(physical_N), send_RS, received[:, :-1], received[:, -1]
+
+    def visit(self) -> None:
+        if self._empty is None:
+            raise EPLBError(
+                f"layer {self.layer.name} has not been called on this rank yet, so the size and "
+                "dtype of what the other ranks send are not known: make one forward on every rank "
+                "first, a warm-up say"
+            )
+        spec = self.layer.spec
+        assert spec.expert_weights is not None
+        names = (spec.hidden_states, spec.expert_ids, spec.expert_weights)
+        self.layer.module(**dict(zip(names, self._empty, strict=True)))
 
     @_outside_graphs
     def after(
@@ -343,6 +372,8 @@ class AllReduce(Dispatch):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         comm, num_slots = self.context.comm, self.context.tables.num_slots
         spec, arguments = self.layer.spec, self.layer.arguments
+        if not torch.compiler.is_compiling():
+            self._call_roster()
         ids = arguments.get(spec.expert_ids, args, kwargs)
         ids_TK = self._logical(ids.flatten(0, -2))
         counted_T = self._tokens(len(ids_TK), args, kwargs)
@@ -386,6 +417,7 @@ class CompactAllReduce(AllReduce):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         comm, num_slots = self.context.comm, self.context.tables.num_slots
+        self._call_roster()
         hidden_TH, router_ids, weights_TK = self._read(args, kwargs)
         shape = self._hidden_states(args, kwargs).shape
         ids_TK = self._logical(router_ids)

@@ -7,6 +7,7 @@ After `ExpertLayer.shard`, every expert-indexed tensor of the layer has one entr
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from torch_eplb.layers.spec import BoundArguments, LayerSpec, find_spec
 
-__all__ = ["ExpertLayer", "byte_view", "find_layers"]
+__all__ = ["ExpertLayer", "byte_view", "common_owner", "find_layers"]
 
 
 class ExpertLayer:
@@ -108,6 +109,27 @@ def find_layers(model: nn.Module) -> list[ExpertLayer]:
             "of the model that agree separately"
         )
     return layers
+
+
+def common_owner(model: nn.Module, names: list[str]) -> nn.Module:
+    """The smallest module with a forward of its own that holds all MoE layers.
+
+    A model may be driven by other methods than its forward (one that generates calls a part of
+    itself); the smallest part that holds all layers has to be called all the same. Of a model with
+    one MoE layer it is the model: what is smaller may be called again for the backward pass.
+    """
+    if len(names) < 2:
+        return model
+    shared = itertools.takewhile(
+        lambda parts: len(set(parts)) == 1,
+        zip(*(name.split(".")[:-1] for name in names), strict=False),
+    )
+    path = [parts[0] for parts in shared]
+    for length in range(len(path), 0, -1):
+        module = model.get_submodule(".".join(path[:length]))
+        if type(module).forward is not nn.Module.forward:
+            return module
+    return model
 
 
 def byte_view(tensor: torch.Tensor) -> torch.Tensor:

@@ -44,16 +44,15 @@ class Position:
         """Whether other ranks were met in a forward that this one has not made."""
         return self.step <= self.latest_step
 
-    def enter(self, layer: int) -> int:
-        """Exchange something from now on.
+    def at(self, layer: int) -> int:
+        """Where this rank is, in one integer that travels with its counts."""
+        return (self.step if self.counts else 0) * self._num_layers + layer
 
-        Returns:
-            Where this rank is, in one integer that travels with its counts.
-        """
+    def enter(self, layer: int) -> int:
+        """Exchange something from now on; returns `at`."""
         if self.progress is not Progress.IDLE:
             self.progress = Progress.BETWEEN_LAYERS
-        under_way = self.step if self.counts else 0
-        return under_way * self._num_layers + layer
+        return self.at(layer)
 
     def leave(self, layer: int) -> None:
         """The layer's results are back."""
@@ -90,6 +89,8 @@ class Position:
         )
         raise EPLBError(
             f"ranks are not in the same forward: {where}. A forward has raised on some ranks only, "
-            "or was not made by every rank. Nothing was exchanged; go on with the next forward on "
-            "every rank"
+            "or was not made by every rank (a rank without work makes an empty one, or "
+            "balancer.idle_step()), or has skipped layers that only some inputs reach (give every "
+            "rank an input that does, a blank image say). Nothing was exchanged; go on with the "
+            "next forward on every rank"
         )

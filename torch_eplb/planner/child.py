@@ -16,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch_eplb.planner.frames import Frame, FrameError, FrameReader, FrameWriter, Kind
-from torch_eplb.planner.hosts import TERMINATE_SECONDS, HostFailed, Task
+from torch_eplb.planner.frames import Frame, FrameReader, FrameWriter, Kind
+from torch_eplb.planner.hosts import TERMINATE_SECONDS, HostFailed
 from torch_eplb.planner.messages import (
     PlannerSettings,
-    PlanReply,
+    ReceivedPlan,
     Refusal,
     Request,
     check_reply,
@@ -73,7 +73,7 @@ class ProcessHost:
     ) -> None:
         self._settings = settings
         self._request: Request | None = None
-        self._check: Task | None = None
+        self._answer: ReceivedPlan | Refusal | None = None
         self._ready = False
         self._closed_at: float | None = None
         self._tail = b""
@@ -118,9 +118,7 @@ class ProcessHost:
         self._watch_for(select.POLLIN | select.POLLOUT)
         self.last_sign = time.monotonic()
 
-    def poll(self) -> PlanReply | Refusal | None:
-        if self._check is not None:
-            return self._checked(self._check)
+    def poll(self) -> ReceivedPlan | Refusal | None:
         for descriptor, event in self._poller.poll(0):
             if descriptor == self._output:
                 self._read_output()
@@ -133,9 +131,10 @@ class ProcessHost:
                 except EOFError:
                     self._poller.unregister(self._socket)
                     self._closed_at = time.monotonic()
-        if self._closed_at is not None and self._check is None:
+        answer, self._answer = self._answer, None
+        if answer is None and self._closed_at is not None:
             self._exit()
-        return None
+        return answer
 
     def overdue(self, limit: float) -> str:
         if self._process.poll() is not None:
@@ -156,8 +155,6 @@ class ProcessHost:
 
     def close(self) -> None:
         self._close_channel()
-        if self._check is not None:
-            self._check.join(TERMINATE_SECONDS)
         self._process.terminate()
         if not self.gone(TERMINATE_SECONDS):
             self._process.kill()
@@ -181,19 +178,19 @@ class ProcessHost:
             frame = self._reader.read()
             if frame is not None:
                 self._accept(frame)
-        except FrameError as error:
+        except EOFError:
+            raise
+        except Exception as error:  # a border: no bytes from outside may raise in the server
             raise HostFailed(one_line(f"answer refused: {error}")) from error
         if self._reader.bytes_received > before:
             self.last_sign = time.monotonic()
 
     def _accept(self, frame: Frame) -> None:
-        request, settings = self._request, self._settings
         if not self._ready:
             self._ready = True
-        elif request is not None:
-            # In a thread: replaying a large schedule takes up to a tenth of a second, which the
-            # server's own thread can spend waiting for its device.
-            self._check = Task(lambda: check_reply(frame, request, settings))
+        elif self._request is not None:
+            self._answer = check_reply(frame, self._request, self._settings)
+            self._request = None
         self._expect()
 
     def _expect(self) -> None:
@@ -201,20 +198,11 @@ class ProcessHost:
         self._reader.max_body = 0
         if not self._ready:
             self._reader.kinds = frozenset([Kind.READY])
-        elif self._request is None or self._check is not None:
+        elif self._request is None:
             self._reader.kinds = frozenset()
         else:
             self._reader.kinds = frozenset([Kind.REPLY, Kind.ERROR])
             self._reader.max_body = self._request.reply_limit()
-
-    def _checked(self, check: Task) -> PlanReply | Refusal | None:
-        try:
-            answered = check.result()
-        except Exception as error:  # a border: no bytes from outside may raise in the server
-            raise HostFailed(one_line(f"answer refused: {error}")) from error
-        if answered is not None:
-            self._check = self._request = None
-        return answered
 
     def _exit(self) -> None:
         """The channel is closed: raise with the cause, once the process has exited."""

@@ -11,7 +11,14 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from torch_eplb.planner.messages import PlannerSettings, PlanReply, Refusal, Request, one_line
+from torch_eplb.planner.messages import (
+    PlannerSettings,
+    ReceivedPlan,
+    Refusal,
+    Request,
+    check_reply,
+    one_line,
+)
 from torch_eplb.planner.worker import answer
 
 __all__ = ["TERMINATE_SECONDS", "Host", "HostFailed", "Task", "ThreadHost"]
@@ -41,7 +48,7 @@ class Host(Protocol):
     def start(self, request: Request) -> None:
         """Take a request; only while there is none."""
 
-    def poll(self) -> PlanReply | Refusal | None:
+    def poll(self) -> ReceivedPlan | Refusal | None:
         """Go on as far as is possible without waiting; raises `HostFailed`."""
 
     def overdue(self, limit: float) -> str:
@@ -67,8 +74,8 @@ class Task:
         HostFailed: there is no thread to be had.
     """
 
-    def __init__(self, call: Callable[[], PlanReply | Refusal]) -> None:
-        self._outcome: list[PlanReply | Refusal | Exception] = []
+    def __init__(self, call: Callable[[], ReceivedPlan | Refusal]) -> None:
+        self._outcome: list[ReceivedPlan | Refusal | Exception] = []
         outcome = self._outcome  # the thread holds this list only, and nothing that owns the task
 
         def work() -> None:
@@ -83,7 +90,7 @@ class Task:
         except RuntimeError as error:
             raise HostFailed(one_line(f"planner thread could not be started: {error}")) from error
 
-    def result(self) -> PlanReply | Refusal | None:
+    def result(self) -> ReceivedPlan | Refusal | None:
         """What the call returned, or None while it runs; raises what it raised."""
         if not self._outcome:
             return None
@@ -119,9 +126,12 @@ class ThreadHost:
     def start(self, request: Request) -> None:
         settings = self._settings
         self.last_sign = time.monotonic()
-        self._task = Task(lambda: answer(settings, request))
+        # By the way that a child's answer takes: all ranks read the same words.
+        self._task = Task(
+            lambda: check_reply(answer(settings, request).to_frame(), request, settings)
+        )
 
-    def poll(self) -> PlanReply | Refusal | None:
+    def poll(self) -> ReceivedPlan | Refusal | None:
         answered = None if self._task is None else self._task.result()
         if answered is not None:
             self._task = None

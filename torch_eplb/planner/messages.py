@@ -1,35 +1,34 @@
 """What the serving process and its planner say to each other, as values and as frames.
 
-Everything that crosses is data: names, numbers and arrays. A policy crosses as its name, or, when a
-user's function can be imported from a module, as "module:qualname"; code never crosses.
-`check_reply` is the gate in the serving process: nothing that a planner answers is used before it.
+Everything that crosses is data: names, numbers and arrays; policies as in `references`, plans as in
+`broadcast`. Code never crosses. `check_reply` is the gate in the serving process: it tells garbage
+from a plan, all but what the plan's rounds do, which every rank looks at before it begins them.
 """
 
 from __future__ import annotations
 
-import importlib
-import math
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from torch_eplb.planner.broadcast import PlanReply, ReceivedPlan, decode_plan
 from torch_eplb.planner.frames import Frame, FrameError, Kind, encode
-from torch_eplb.policies.registry import check_plan, make_policy
-from torch_eplb.schedule.schedule import Schedule, check_schedule
+from torch_eplb.planner.references import from_reference, to_reference
+from torch_eplb.policies.registry import make_policy
 from torch_eplb.values.placement import Placement
-from torch_eplb.values.plan import Plan, Topology
+from torch_eplb.values.plan import Topology
+from torch_eplb.values.rounds import Bounds
 
 __all__ = [
     "PlanReply",
     "PlannerSettings",
+    "ReceivedPlan",
     "Refusal",
     "Request",
     "check_reply",
-    "importable_name",
     "one_line",
 ]
 
@@ -86,14 +85,22 @@ class PlannerSettings:
         make_policy(self.policy, **self.policy_options)
         encode(self.to_frame())  # refuses what JSON cannot express, here and not in a restart
 
+    @property
+    def bounds(self) -> Bounds:
+        """What a round may take."""
+        return Bounds(
+            self.expert_bytes,
+            self.staging_bytes,
+            self.layers_per_round,
+            self.send_bytes_per_round,
+        )
+
     def to_frame(self) -> Frame:
-        """The settings as a frame, which carries the policy if it is a name or importable."""
-        name = self.policy if isinstance(self.policy, str) else None
+        """The settings as a frame, which carries the policy if that can be named elsewhere."""
         return Frame(
             Kind.SETTINGS,
             {
-                "policy": name,
-                "policy_import": None if name else importable_name(self.policy),
+                "policy": to_reference(self.policy),
                 "policy_options": self.policy_options,
                 "num_ranks": self.topology.num_ranks,
                 "num_nodes": self.topology.num_nodes,
@@ -115,7 +122,7 @@ class PlannerSettings:
         """
         get = frame.fields.__getitem__
         return cls(
-            policy=get("policy") or _import(get("policy_import")),
+            policy=from_reference(get("policy")),
             policy_options=get("policy_options"),
             topology=Topology(get("num_ranks"), get("num_nodes"), get("num_expert_groups")),
             expert_bytes=tuple(frame.arrays["expert_bytes"].tolist()),
@@ -165,38 +172,9 @@ class Request:
     def reply_limit(self) -> int:
         """Bytes that an answer can need at most; an answer that declares more is refused unread.
 
-        Per slot 4 bytes of placement, 8 of split, and 64 of schedule if it changes; times three.
+        Per slot 8 bytes of placement, 8 of split, and 64 of schedule if it changes; times three.
         """
         return 64 * 1024 + 256 * self.placement.experts.size
-
-
-@dataclass(frozen=True)
-class PlanReply:
-    """A planner's answer, checked.
-
-    Attributes:
-        request_id: the request that it answers.
-        plan: placement, split and predicted PAR.
-        schedule: the rounds that lead from the request's placement to the plan's.
-        plan_seconds: wall time that planning took.
-    """
-
-    request_id: int
-    plan: Plan
-    schedule: Schedule
-    plan_seconds: float
-
-    def to_frame(self) -> Frame:
-        return Frame(
-            Kind.REPLY,
-            {"request_id": self.request_id, "plan_seconds": self.plan_seconds},
-            {
-                "placement": self.plan.placement.experts,
-                "split": self.plan.split,
-                "predicted_par": self.plan.predicted_par,
-                "schedule": self.schedule.to_array(),
-            },
-        )
 
 
 @dataclass(frozen=True)
@@ -210,8 +188,10 @@ class Refusal:
         return Frame(Kind.ERROR, {"request_id": self.request_id, "cause": self.cause})
 
 
-def check_reply(frame: Frame, request: Request, settings: PlannerSettings) -> PlanReply | Refusal:
-    """A frame as the answer to ``request``.
+def check_reply(
+    frame: Frame, request: Request, settings: PlannerSettings
+) -> ReceivedPlan | Refusal:
+    """A frame as the answer to ``request``, checked but for what a plan's rounds do.
 
     Raises:
         ValueError, TypeError: it is not a valid answer; the text says why.
@@ -221,77 +201,20 @@ def check_reply(frame: Frame, request: Request, settings: PlannerSettings) -> Pl
         raise FrameError(f"an answer to request {answered!r:.20}, not to {request.request_id}")
     if frame.kind is Kind.ERROR:
         return Refusal(answered, one_line(str(frame.fields.get("cause"))))
-    seconds = frame.fields.get("plan_seconds")
-    if type(seconds) is not float or not 0 <= seconds < math.inf:
-        raise FrameError(f"plan_seconds {seconds!r:.20} is not a duration")
-    shape = request.placement.experts.shape
-    experts = _array(frame.arrays, "placement", "<i4", shape)
-    plan = Plan(
-        Placement(experts, request.placement.num_experts),
-        _array(frame.arrays, "split", "<f8", shape),
-        _array(frame.arrays, "predicted_par", "<f8", shape[:1]),
-    )
-    # For its errors only: it would sort the slots within ranks anew, against the schedule's choice.
-    check_plan(
-        plan,
-        request.load,
-        request.placement,
-        settings.topology,
-        settings.policy_options.get("replica_choice"),
-    )
-    rows = _array(frame.arrays, "schedule", "<i8", None)
-    schedule = Schedule.from_array(rows, request.placement, plan.placement)
-    check_schedule(
-        schedule,
-        expert_bytes=settings.expert_bytes,
-        staging_bytes=settings.staging_bytes,
-        layers_per_round=settings.layers_per_round,
-        send_bytes_per_round=settings.send_bytes_per_round,
-    )
-    return PlanReply(answered, plan, schedule, seconds)
-
-
-def importable_name(policy: Any) -> str | None:
-    """ "module:qualname" when another interpreter can import the very same object, else None.
-
-    What lives in ``__main__``, lambdas, closures, partials and bound methods cannot.
-    """
-    module = getattr(policy, "__module__", None)
-    qualname = getattr(policy, "__qualname__", None)
-    if not (isinstance(module, str) and isinstance(qualname, str)) or module == "__main__":
-        return None
-    found: Any = sys.modules.get(module)
-    if getattr(found, "__spec__", None) is None:
-        return None  # made by hand: an import elsewhere would not find it
-    for part in qualname.split("."):
-        found = getattr(found, part, None)
-    return f"{module}:{qualname}" if found is policy else None
+    words = frame.arrays.get("plan")
+    if words is None:
+        raise FrameError("an answer without plan")
+    if words.dtype.str != "<i8" or words.ndim != 1:
+        raise FrameError(
+            f"plan must be <i8 of one dimension, got {words.dtype.str} {list(words.shape)}"
+        )
+    plan = decode_plan(words, request.placement, settings.bounds)
+    if plan.request_id != answered:
+        raise FrameError(f"a plan for request {plan.request_id}, not for {answered}")
+    return plan
 
 
 def one_line(text: str) -> str:
     """Printable characters only, on one line, at most `MAX_CAUSE` of them."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * MAX_CAUSE]).split())
     return line if len(line) <= MAX_CAUSE else line[: MAX_CAUSE - 3] + "..."
-
-
-def _import(name: str) -> Callable[..., Any]:
-    module, _, qualname = name.partition(":")
-    found: Any = importlib.import_module(module)
-    for part in qualname.split("."):
-        found = getattr(found, part)
-    policy: Callable[..., Any] = found
-    return policy
-
-
-def _array(
-    arrays: Mapping[str, NDArray[Any]], name: str, dtype: str, shape: tuple[int, ...] | None
-) -> NDArray[Any]:
-    array = arrays.get(name)
-    if array is None:
-        raise FrameError(f"an answer without {name}")
-    if array.dtype.str != dtype or (shape is not None and array.shape != shape):
-        expected = "" if shape is None else f" of the shape {list(shape)}"
-        raise FrameError(
-            f"{name} must be {dtype}{expected}, got {array.dtype.str} {list(array.shape)}"
-        )
-    return array

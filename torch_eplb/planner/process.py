@@ -5,11 +5,12 @@
     while (answer := planner.poll()) is None:   # a few microseconds; once per step
         ...serve...
     match answer:
-        PlanReply(plan=plan, schedule=schedule): ...
+        ReceivedPlan(words=words): ...          # for all ranks; they look through its rounds
         PlannerFault(cause=cause): ...          # keep the present placement; the planner restarts
 
 What can go wrong with planning ends as a `PlannerFault` out of `poll`, never as an exception and
 never as a wait: a planner that was killed, stopped, ran out of memory, raised or answered garbage.
+Where the rounds of a plan turn out to be garbage, `refuse` says so.
 """
 
 from __future__ import annotations
@@ -30,14 +31,15 @@ from torch_eplb.planner.hosts import Host, HostFailed, ThreadHost
 from torch_eplb.planner.messages import (
     PlannerSettings,
     PlanReply,
+    ReceivedPlan,
     Refusal,
     Request,
-    importable_name,
     one_line,
 )
+from torch_eplb.planner.references import to_reference
 from torch_eplb.values.placement import Placement
 
-__all__ = ["PlanReply", "Planner", "PlannerFault", "PlannerSettings"]
+__all__ = ["PlanReply", "Planner", "PlannerFault", "PlannerSettings", "ReceivedPlan"]
 
 BACKOFF_FIRST_SECONDS = 0.5
 """Pause before the first restart; each further one in a row waits twice as long."""
@@ -63,15 +65,15 @@ class Planner:
     """Plans in the background; one request at a time.
 
     Policies that have a name, and callables that can be imported from a module other than
-    ``__main__``, run in a child interpreter. Other callables (lambdas, closures, what is defined in
-    a script or notebook) run in a daemon thread of this process and share its GIL; the interface is
-    the same.
+    ``__main__`` (see `references`), run in a child interpreter. Other callables (lambdas, closures,
+    what is defined in a script or notebook) run in a daemon thread of this process and share its
+    GIL; the interface is the same.
 
     Every request gets exactly one answer from `poll`, unless a newer one supersedes it: only the
     latest request counts, an older one's answer is dropped. After a fault that ended the planner it
     is restarted with exponential back-off (`BACKOFF_FIRST_SECONDS`, doubled up to
-    `BACKOFF_MOST_SECONDS`; a plan that arrives resets it). A request submitted meanwhile is kept
-    and sent after the restart; should that fail, the fault answers it.
+    `BACKOFF_MOST_SECONDS`; a plan that nobody refuses resets it). A request submitted meanwhile is
+    kept and sent after the restart; should that fail, the fault answers it.
 
     Not safe for use by several threads at once. In a forked process it answers every request with a
     fault and leaves the parent's planner alone. Ends with `close`, with the garbage collection of
@@ -105,6 +107,8 @@ class Planner:
         self._waiting: Request | None = None
         self._failures = 0
         self._restarts = 0
+        self._delivered: tuple[int, int, int] | None = None
+        """The last plan's request, and restarts and failures in a row before it."""
         self._restart_at = 0.0
         self._fault: PlannerFault | None = None
         self._left: list[Host] = []
@@ -153,7 +157,7 @@ class Planner:
         self._waiting = request
         self._hand_over()
 
-    def poll(self) -> PlanReply | PlannerFault | None:
+    def poll(self) -> ReceivedPlan | PlannerFault | None:
         """The next answer, if there is one. Never blocks, never raises; call it once per step.
 
         Also keeps things going: it sends what is left of a request, notices time limits, and
@@ -185,6 +189,24 @@ class Planner:
             return self._fail(one_line(f"planning failed: {type(error).__name__}: {error}"))
         return self._deliver(answered)
 
+    def refuse(self, request_id: int, cause: str) -> None:
+        """Say that the last plan is garbage, as a rank found out that looked through its rounds.
+
+        It is a fault like those that `poll` tells: the planner that made the plan is ended and
+        restarted after a pause, which grows as if the plan had not come. Nothing happens if that
+        planner is gone already, or if the plan did not answer ``request_id``. Never blocks.
+        """
+        delivered, self._delivered = self._delivered, None
+        if delivered is None or self._closed or os.getpid() != self._owner:
+            return
+        answered, restarts, failures = delivered
+        if answered != request_id or restarts != self._restarts or self._host is None:
+            return
+        self._failures += failures
+        fault = self._fail(one_line(f"answer refused: {cause}"))
+        if fault.request_id is not None:  # a newer request was on its way already
+            self._fault = fault
+
     def close(self) -> None:
         """Stop the planner. Takes a moment, 2 s at most; may be called again."""
         self._closed = True
@@ -201,8 +223,7 @@ class Planner:
         self._hand_over()
 
     def _new_host(self) -> Host:
-        policy = self._settings.policy
-        if isinstance(policy, str) or importable_name(policy) is not None:
+        if to_reference(self._settings.policy) is not None:
             return ProcessHost(self._settings, self._command)
         return ThreadHost(self._settings)
 
@@ -218,10 +239,11 @@ class Planner:
         except HostFailed as failure:
             self._fault = self._fail(str(failure))
 
-    def _deliver(self, answered: PlanReply | Refusal) -> PlanReply | PlannerFault | None:
+    def _deliver(self, answered: ReceivedPlan | Refusal) -> ReceivedPlan | PlannerFault | None:
         superseded = self._waiting is not None
         self._running = None
-        if isinstance(answered, PlanReply):
+        if isinstance(answered, ReceivedPlan):
+            self._delivered = (answered.request_id, self._restarts, self._failures)
             self._failures = 0
             self._reap()
         self._hand_over()

@@ -1,8 +1,9 @@
 """DeepSeek's expert parallelism load balancer: hierarchical and global placement.
 
 Written after the description and the published example of https://github.com/deepseek-ai/EPLB,
-vectorised over layers. `rebalance_experts` is their algorithm, tie by tie; `plan` is the policy,
-which besides never puts two replicas of an expert on one rank when that can be avoided.
+vectorised over layers. `published` is their algorithm, tie by tie (under their signature it is
+`rebalance.rebalance_experts`); `place` is the policy, which besides never puts two replicas of an
+expert on one rank when that can be avoided.
 
 In words: pack the expert groups onto nodes, replicate the heaviest experts within each node, and
 pack the replicas onto the node's ranks, heaviest first, onto the lightest rank that has room.
@@ -24,7 +25,7 @@ __all__ = [
     "pack",
     "part_siblings",
     "place",
-    "rebalance_experts",
+    "published",
     "replicate",
 ]
 
@@ -32,50 +33,22 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
-def rebalance_experts(
-    weight: NDArray[Any], num_replicas: int, num_groups: int, num_nodes: int, num_ranks: int
-) -> tuple[Ints, Ints, Ints]:
-    """The published algorithm: hierarchical if groups divide over the nodes, else global.
+def published(
+    weight: Floats, num_replicas: int, num_groups: int, num_nodes: int, num_ranks: int
+) -> Ints:
+    """The published algorithm; two replicas of an expert may share a rank, as there.
 
     Args:
         weight: ``[layers, experts]``, tokens routed to each logical expert.
-        num_replicas: slots over all ranks.
-        num_groups: expert groups of the router.
+        num_replicas: slots over all ranks, a multiple of ``num_ranks``.
+        num_groups: expert groups of the router, a multiple of ``num_nodes``; divides the experts.
         num_nodes: nodes that the ranks sit on.
-        num_ranks: ranks.
+        num_ranks: ranks, a multiple of ``num_nodes``.
 
     Returns:
-        physical_to_logical ``[layers, replicas]``; logical_to_physical ``[layers, experts, most]``
-        padded with -1; and the replicas of each expert ``[layers, experts]``.
-
-    Raises:
-        ValueError: numbers that do not divide.
+        ``[layers, num_replicas]``: the logical expert of every physical one.
     """
-    weight = np.asarray(weight, dtype=np.float64)
-    if weight.ndim != 2:
-        raise ValueError(f"weight must be [layers, experts], got shape {list(weight.shape)}")
-    num_experts = weight.shape[1]
-    if num_groups % num_nodes:
-        num_groups = num_nodes = 1
-    for many, what, few, of in (
-        (num_replicas, "num_replicas", num_ranks, "num_ranks"),
-        (num_experts, "experts", num_groups, "num_groups"),
-        (num_ranks, "num_ranks", num_nodes, "num_nodes"),
-    ):
-        if many % few:
-            raise ValueError(f"{what} ({many}) must be a multiple of {of} ({few})")
-    if num_replicas < num_experts:
-        raise ValueError(f"{num_replicas} replicas cannot hold {num_experts} experts")
-    physical = _place(weight, num_replicas, num_groups, num_nodes, num_ranks, distinct=False)
-    counts = np.zeros(weight.shape, dtype=np.int64)
-    np.add.at(counts, (np.arange(len(weight))[:, None], physical), 1)
-    order = np.argsort(physical, axis=1, kind="stable")
-    logical = np.take_along_axis(physical, order, axis=1)
-    first = counts.cumsum(axis=1) - counts
-    replica = np.arange(num_replicas) - np.take_along_axis(first, logical, axis=1)
-    back = np.full((*weight.shape, int(counts.max())), -1, dtype=np.int64)
-    back[np.arange(len(weight))[:, None], logical, replica] = order
-    return physical, back, counts
+    return _place(weight, num_replicas, num_groups, num_nodes, num_ranks, distinct=False)
 
 
 def place(weight: NDArray[Any], current: Placement, topology: Topology) -> Placement:

@@ -61,10 +61,8 @@ class Knobs:
             return
         if isinstance(self.max_moves, bool) or not isinstance(self.max_moves, int):
             raise TypeError(f"max_moves must be an int or None, got {self.max_moves!r}")
-        if self.max_moves < 1:
-            raise ValueError(
-                f'max_moves must be at least 1, got {self.max_moves}; policy "static" moves nothing'
-            )
+        if self.max_moves < 0:
+            raise ValueError(f"max_moves must be at least 0, got {self.max_moves}")
 
     @classmethod
     def of(cls, **given: float | int | None) -> Knobs:

@@ -25,7 +25,7 @@ from torch_eplb.values.choices import REPLICA_CHOICES
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Plan, Topology
 
-__all__ = ["POLICIES", "Policy", "PolicyError", "check_plan", "make_policy"]
+__all__ = ["POLICIES", "Policy", "PolicyError", "check_plan", "check_shares", "make_policy"]
 
 Policy: TypeAlias = Callable[[NDArray[Any], Placement, Topology], Plan]
 
@@ -140,6 +140,16 @@ def check_plan(
     if predicted is None:
         predicted = judged_par(samples, placement, split, choice).mean(axis=0)
     return Plan(placement, split, _predicted(predicted, placement))
+
+
+def check_shares(plan: Plan) -> None:
+    """Hold a complete plan to what `Placement` does not see to by itself.
+
+    Raises:
+        PolicyError: split or predicted PAR breaks the contract (see `check_plan`).
+    """
+    _split(plan.split, plan.placement)
+    _predicted(plan.predicted_par, plan.placement)
 
 
 def _replica_choice(choice: Any) -> str:

@@ -107,6 +107,11 @@ class Config:
     """Expert groups of group-limited routing; with several nodes, placement is hierarchical when
     the groups divide evenly over the nodes."""
 
+    allow_training_with_moves: bool = False
+    """Let backward passes reach experts that move or have replicas. Their optimizer state and
+    gradients do not follow them, and replicas' gradients are not summed: for those who see to that
+    themselves."""
+
     timeout: float = 60.0
     """Seconds after which a silent peer counts as lost and a silent planner is restarted."""
 
@@ -133,7 +138,7 @@ class Config:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, parse_bytes(value, name))
-        for name in ("direct", "overlap", "verify"):
+        for name in ("direct", "overlap", "verify", "allow_training_with_moves"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         self._check_choice("dispatch", DISPATCHES)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -35,8 +35,7 @@ from numpy.typing import NDArray
 from torch_eplb.comm.communicator import Communicator
 from torch_eplb.layers.position import Position, Progress
 from torch_eplb.migration.progress import Migration
-from torch_eplb.planner.broadcast import decode_plan, encode_plan
-from torch_eplb.planner.messages import PlanReply
+from torch_eplb.planner.broadcast import ReceivedPlan, decode_plan
 from torch_eplb.planner.process import Planner
 from torch_eplb.policies.split import par
 from torch_eplb.routing.load import LoadCounters, SampleWindow, split_samples
@@ -44,7 +43,7 @@ from torch_eplb.runtime.config import Config
 from torch_eplb.values.errors import EPLBError
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Plan
-from torch_eplb.values.rounds import Round
+from torch_eplb.values.rounds import Bounds, Round
 
 __all__ = ["RebalanceCycle", "Stage"]
 
@@ -80,6 +79,7 @@ class RebalanceCycle:
         counters: the load.
         migration: carries plans out.
         planner: makes them, on the rank that leads.
+        bounds: what a round may take; every rank holds plans to it.
         give_up: called with the reason when balancing must end for good.
         write_map: called with what a plan wants, instead of carrying it out.
 
@@ -98,6 +98,7 @@ class RebalanceCycle:
         counters: LoadCounters,
         migration: Migration,
         planner: Planner | None,
+        bounds: Bounds,
         *,
         give_up: Callable[[str], None],
         write_map: Callable[[Placement], None] | None = None,
@@ -108,11 +109,13 @@ class RebalanceCycle:
         self._give_up = give_up
         self._migration = migration
         self._planner = planner
+        self._bounds = bounds
         self._write_map = write_map
         self._window = SampleWindow(counters, config.collect_interval)
         self._num_experts = counters.num_experts
         num_layers = counters.values.shape[0]
         self.par_measured: NDArray[np.float64] = np.full(num_layers, np.nan)
+        self.window_load: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
         self.par_predicted: NDArray[np.float64] = np.full(num_layers, np.nan)
         self.rebalances = 0
         self.plans_failed = 0
@@ -222,10 +225,8 @@ class RebalanceCycle:
         self._agreement: tuple[torch.Tensor, dist.Work | None] | None = None
         self._work: dist.Work | None = None
         self._buffer: torch.Tensor | None = None
-        self._words: NDArray[np.int64] | None = None
         self._submitted = False
-        self._reply: PlanReply | None = None
-        self._unchecked: Iterator[object] = iter(())
+        self._reply: ReceivedPlan | None = None
         self._window.start()
 
     def _enter(self, stage: Stage) -> None:
@@ -285,6 +286,8 @@ class RebalanceCycle:
         elif self.stage is Stage.RECEIVE and agreed.progress >= _HAVE_PLAN:
             if agreed.fault:
                 self.plans_failed += 1
+                if self._planner is not None:
+                    self._planner.refuse(self._cycle, "a rank found its rounds wrong")
                 self._begin()
             else:
                 self._enter(Stage.WAIT)
@@ -328,9 +331,9 @@ class RebalanceCycle:
         answer = self._planner.poll()
         if answer is None or answer.request_id not in (self._cycle, None):
             return  # nothing yet, or an answer to a cycle that was given up
-        if isinstance(answer, PlanReply):
-            self._words = encode_plan(answer)
-            self._plan_words = len(self._words)
+        if isinstance(answer, ReceivedPlan):
+            self._reply = answer
+            self._plan_words = len(answer.words)
         else:
             logger.warning("no new plan: %s; serving goes on as it is", answer.cause)
             self._plan_words = _NO_PLAN
@@ -347,6 +350,7 @@ class RebalanceCycle:
             self._plan_words = _NOTHING_RECORDED
             return
         self.par_measured = par(rank_load[recorded]).mean(axis=0)
+        self.window_load = (load.sum(axis=0), rank_load.sum(axis=0))
         if self._planner is not None:
             self._planner.submit(self._cycle, load[recorded], self._migration.placement)
 
@@ -356,9 +360,10 @@ class RebalanceCycle:
             self.plans_failed += num_words == _NO_PLAN
             self._begin()
             return
-        self._buffer = torch.zeros(num_words, dtype=torch.int64)
-        if self._words is not None:
-            self._buffer.copy_(torch.from_numpy(self._words))
+        if self._reply is None:
+            self._buffer = torch.zeros(num_words, dtype=torch.int64)
+        else:
+            self._buffer = torch.from_numpy(self._reply.words)
         source = self._comm.global_ranks[0]
         self._work = dist.broadcast(self._buffer, source, group=self._comm.control, async_op=True)
         self._enter(Stage.RECEIVE)
@@ -368,10 +373,13 @@ class RebalanceCycle:
         assert self._buffer is not None
         try:
             if self._reply is None:
-                self._reply, self._unchecked = decode_plan(
-                    self._buffer.numpy(), self._migration.placement
+                self._reply = decode_plan(
+                    self._buffer.numpy(), self._migration.placement, self._bounds
                 )
-            if sum(1 for _ in islice(self._unchecked, _CHECKED_AT_ONCE)) == _CHECKED_AT_ONCE:
+            if self._reply.schedule.start != self._migration.placement:
+                raise ValueError("its rounds start from another placement than the present one")
+            checked = sum(1 for _ in islice(self._reply.unchecked, _CHECKED_AT_ONCE))
+            if checked == _CHECKED_AT_ONCE:
                 return
         except ValueError as error:
             reason = str(error)  # a log record with the error itself would keep the model alive

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import logging
-import os
 import time
 import weakref
 from collections import OrderedDict
@@ -27,12 +26,13 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from torch_eplb.comm.agreement import gather_json
-from torch_eplb.files.expert_map import write_expert_map
+from torch_eplb.comm.agreement import agree, gather_json
 from torch_eplb.layers.context import LayerContext, recomputing
-from torch_eplb.layers.dispatch import Dispatch, make_dispatch
+from torch_eplb.layers.dispatch import BoundToRanks, Dispatch, make_dispatch
+from torch_eplb.layers.experts import common_owner
 from torch_eplb.layers.gather import gather_layer
 from torch_eplb.layers.position import Position, Progress
+from torch_eplb.layers.roster import Roster
 from torch_eplb.migration.exchange import Exchange
 from torch_eplb.migration.progress import Migration
 from torch_eplb.planner.process import Planner
@@ -40,8 +40,9 @@ from torch_eplb.policies.split import even_split
 from torch_eplb.routing import LoadCounters, RoutingTables
 from torch_eplb.runtime import clock
 from torch_eplb.runtime.cycle import RebalanceCycle
+from torch_eplb.runtime.guards import Guards
 from torch_eplb.runtime.prepare import Setup, planner_settings, release
-from torch_eplb.runtime.recording import RecordedSteps, StepRecorder
+from torch_eplb.runtime.recording import MapWriter, RecordedSteps, StepRecorder
 from torch_eplb.schedule.schedule import make_schedule
 from torch_eplb.values.errors import EPLBError
 from torch_eplb.values.events import CommittedRound
@@ -65,7 +66,7 @@ class Life(enum.Enum):
     UNWRAPPED = "the model is as it was before wrapping"
 
 
-class Engine:
+class Engine(BoundToRanks):
     """The machinery of one wrapped model.
 
     Args:
@@ -79,16 +80,40 @@ class Engine:
         position: where this rank is.
         exchange: what moves experts.
         recorded: which steps are recorded.
+        guards: what keeps others from taking this rank's experts for everybody's.
         tokens: which rows of a forward are counted.
     """
 
     def __init__(self, setup: Setup) -> None:
         self.model = setup.model
-        self.config = config = setup.config
-        self.comm = comm = setup.comm
+        self.config = setup.config
+        self.comm = setup.comm
         self.layers = setup.layers
-        placement = setup.placement
-        self.position = Position(placement.num_layers)
+        self.position = Position(setup.placement.num_layers)
+        self.recorded = RecordedSteps(setup.config.phase)
+        self._hooks: OrderedDict[int, Callable[[CommittedRound], None]] = OrderedDict()
+        self._committed: list[CommittedRound] = []
+        self._hook_seconds = 0.0
+        on_meta = any(t.is_meta for layer in self.layers for t in layer.tensors())
+        self._life = Life.ON_META if on_meta else Life.BALANCING
+        self._reason: str | None = None  # why balancing is off, or has failed
+        self._planner: Planner | None = None
+        self._recorder: StepRecorder | None = None
+        error: Exception | None = None
+        try:
+            self._make_parts(setup)
+        except Exception as found:  # whatever it is, the other ranks must hear of it
+            error = found
+        try:
+            agree(self.comm, {}, error)
+        except BaseException:
+            self._discard_parts()
+            raise
+        self._touch_model(setup)
+
+    def _make_parts(self, setup: Setup) -> None:
+        """All that may fail on one rank alone: memory, files. The model is not touched yet."""
+        config, comm, placement = setup.config, setup.comm, setup.placement
         with torch.inference_mode(False):
             self._counters = LoadCounters(
                 placement.num_layers, placement.num_experts, comm.num_ranks, comm.device
@@ -103,14 +128,18 @@ class Engine:
                 topology=setup.topology,
                 prefer_local=not config.dispatch_kind.shares_tokens,
             )
-        for layer, experts in zip(self.layers, placement.experts[:, comm.rank], strict=True):
-            if not setup.already_sharded:
-                layer.shard(experts.tolist())
         self.exchange = Exchange(self.layers, comm, setup.staging_bytes, config.verify)
-        self._planner = (
-            Planner(planner_settings(setup), timeout=config.timeout) if comm.leads else None
-        )
-        self._committed: list[CommittedRound] = []
+        if config.record_path is not None:
+            self._recorder = StepRecorder(
+                str(config.record_path), comm, self._counters, config.dispatch_kind
+            )
+        map_writer = None
+        if config.record_map_path is not None and comm.rank == 0:
+            map_writer = MapWriter(str(config.record_map_path))
+        self._map_writer = map_writer
+        settings = planner_settings(setup)
+        if comm.leads:
+            self._planner = Planner(settings, timeout=config.timeout)
         self._migration = Migration(
             placement, self._tables, self.exchange, comm, self._committed.append
         )
@@ -121,34 +150,41 @@ class Engine:
             self._counters,
             self._migration,
             self._planner,
+            settings.bounds,
             give_up=self._turn_off,
-            write_map=self._map_writer(),
+            write_map=map_writer,
         )
-        self._recorder = (
-            StepRecorder(str(config.record_path), comm, self._counters, config.dispatch_kind)
-            if config.record_path is not None
-            else None
-        )
-        self.recorded = RecordedSteps(config.phase)
-        context = LayerContext(comm, self._tables, self._counters, self.position)
+
+    def _discard_parts(self) -> None:
+        """Some rank could not make its own: the model stays as it was on all of them."""
+        if self._planner is not None:
+            self._planner.close()
+        release(self.layers)
+        self.comm.close()
+
+    def _touch_model(self, setup: Setup) -> None:
+        """Shard the experts and install the hooks, on all ranks alike."""
+        self._roster = Roster(self.comm, type(self.model).__name__, len(self.layers))
+        context = LayerContext(self.comm, self._tables, self._counters, self.position, self._roster)
         self.tokens = context.tokens
+        held = setup.placement.experts[:, self.comm.rank]
+        for layer, experts in zip(self.layers, held, strict=True):
+            if not setup.already_sharded:
+                layer.shard(experts.tolist())
         self._dispatches: list[Dispatch] = [
-            make_dispatch(layer, index, context, config.dispatch_kind)
+            make_dispatch(layer, index, context, self.config.dispatch_kind)
             for index, layer in enumerate(self.layers)
         ]
-        self._hooks: OrderedDict[int, Callable[[CommittedRound], None]] = OrderedDict()
-        self._hook_seconds = 0.0
-        on_meta = any(t.is_meta for layer in self.layers for t in layer.tensors())
-        self._life = Life.ON_META if on_meta else Life.BALANCING
-        self._reason: str | None = None  # why balancing is off, or has failed
+        self.guards = Guards(self.model, self.layers, self.config)
         self._number = clock.register(self)
+        clocked = common_owner(self.model, [layer.name for layer in self.layers])
         self._step_hooks = [
-            self.model.register_forward_pre_hook(self._before_forward, prepend=True),
-            self.model.register_forward_hook(self._after_forward),
+            clocked.register_forward_pre_hook(self._before_forward, prepend=True),
+            clocked.register_forward_hook(self._after_forward),
         ]
         # A model that is dropped without close() must leave nothing behind; the planner ends by
         # itself, the groups must be given back.
-        self._give_groups_back = weakref.finalize(self, comm.close)
+        self._give_groups_back = weakref.finalize(self, self.comm.close)
 
     # ---- its life -----------------------------------------------------------------------------
 
@@ -207,7 +243,9 @@ class Engine:
             return
         for layer in self.layers:
             for name, tensor in zip(layer.tensor_names, layer.tensors(), strict=True):
-                if tensor.device != self.comm.device:
+                # A model that was closed may have been moved since.
+                elsewhere = tensor.device != self.comm.device
+                if tensor.is_meta or (elsewhere and self._life is Life.ON_META):
                     raise RuntimeError(
                         f"cannot {action}: {layer.name}.{name} is on the {tensor.device} device. "
                         "A model that was wrapped on the meta device gets its weights from "
@@ -216,6 +254,7 @@ class Engine:
                     )
         if self._life is Life.ON_META:
             self._life = Life.BALANCING
+            self.guards.remember()  # loading has replaced what was on the meta device
 
     # ---- the step clock -----------------------------------------------------------------------
 
@@ -254,11 +293,37 @@ class Engine:
         if _capturing(self.comm.device):
             return
         self.require_weights("run a forward")
+        self.guards.check_one()
         self.catch_up()
         if self.agrees:
             self._pass_boundary()
         self.position.progress = Progress.IDLE
         self._tell_hooks()
+
+    def idle_step(self) -> None:
+        """Make a forward without tokens, for other ranks that have some.
+
+        Raises:
+            ValueError: the dispatch has no such thing.
+            EPLBError: a layer has not been called yet on this rank.
+        """
+        kind = self.config.dispatch_kind
+        if kind.shares_tokens:
+            raise ValueError(
+                f"idle_step: with dispatch={kind.name!r} all ranks hold the same batch, so none is "
+                "without work when another has some"
+            )
+        if not kind.communicates:
+            raise ValueError(
+                f"idle_step: with dispatch={kind.name!r} the layers dispatch by themselves; let "
+                "them run an empty batch, and call balancer.step() if the model's forward is not "
+                "called"
+            )
+        with torch.no_grad():
+            self.begin_forward()
+            for dispatch in self._dispatches:
+                dispatch.visit()
+            self.position.progress = Progress.IDLE
 
     def catch_up(self) -> None:
         """After a forward that not every rank made, those behind pass the others' boundaries, too.
@@ -385,6 +450,10 @@ class Engine:
         experts = self._counters.num_experts
         return values[:, :experts].copy(), values[:, experts:].copy()
 
+    def window_load(self) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        """All ranks' tokens of the last window; what the host knows, so it waits for nothing."""
+        return self._cycle.window_load
+
     def stats(self) -> Stats:
         """State and totals since wrapping."""
         self._notice_loss()
@@ -406,6 +475,9 @@ class Engine:
             plans_failed=cycle.plans_failed,
             planner_restarts=self._planner.restarts if self._planner else 0,
             rebalances_abandoned=cycle.abandoned,
+            writes_failed=sum(
+                writer.failures for writer in (self._recorder, self._map_writer) if writer
+            ),
             stalled=cycle.stalled,
             disabled=self._reason,
         )
@@ -453,15 +525,11 @@ class Engine:
             layer.restore(gather_layer(layer, experts[index], self.live[index], self.comm))
         for dispatch in self._dispatches:
             dispatch.remove()
+        self.guards.remove()
+        self._roster.leave()
         release(self.layers)
         self.close()
         self._life = Life.UNWRAPPED
-
-    def _map_writer(self) -> Callable[[Placement], None] | None:
-        path = self.config.record_map_path
-        if path is None or self.comm.rank != 0:
-            return None
-        return lambda placement: write_expert_map(os.fspath(path), placement)
 
 
 def _capturing(device: torch.device) -> bool:

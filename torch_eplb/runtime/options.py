@@ -36,6 +36,7 @@ class Options(TypedDict, total=False):
     record_map_path: str | os.PathLike[str] | None
     num_nodes: int | None
     num_expert_groups: int
+    allow_training_with_moves: bool
     timeout: float
     hccl_buffer_size: int
     nccl_max_ctas: int

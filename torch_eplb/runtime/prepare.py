@@ -87,7 +87,7 @@ def prepare(
         inspected = _inspect(model, group, config, kwargs)
     except Exception as found:  # whatever it is, the other ranks must hear of it
         error = found
-    timeout = inspected.config.timeout if inspected else Config().timeout
+    timeout = inspected.config.timeout if inspected else _timeout(config, kwargs)
     comm = make_communicator(group, inspected.device if inspected else torch.device("cpu"), timeout)
     try:
         agree(comm, _describe(model, inspected) if inspected else None, error)
@@ -128,6 +128,14 @@ def _group(process_group: dist.ProcessGroup | DeviceMesh | None) -> dist.Process
             f"got {type(group).__name__}"
         )
     return group
+
+
+def _timeout(given: Config | None, kwargs: Mapping[str, Any]) -> float:
+    """How long to wait for the others to say that something is wrong here."""
+    try:
+        return Config(timeout=kwargs["timeout"]).timeout
+    except (KeyError, TypeError, ValueError):
+        return given.timeout if isinstance(given, Config) else Config().timeout
 
 
 def _config(given: Config | None, kwargs: Mapping[str, Any]) -> Config:
@@ -255,13 +263,17 @@ def _initial_placement(
 ) -> Placement:
     if config.expert_map is None:
         return Placement.initial(num_layers, experts, num_ranks, num_slots)
-    return read_expert_map(
-        config.expert_map,
-        num_layers=num_layers,
-        num_experts=experts,
-        num_ranks=num_ranks,
-        num_slots=num_slots,
+    placement = read_expert_map(
+        config.expert_map, num_layers=num_layers, num_experts=experts, num_ranks=num_ranks
     )
+    if placement.num_slots != num_slots:
+        raise ValueError(
+            f"num_redundant_experts={config.num_redundant_experts}, but the expert map "
+            f"{config.expert_map} has {placement.num_slots} experts on each of {num_ranks} ranks, "
+            f"which are {placement.num_redundant_experts} more than the model has: pass "
+            f"num_redundant_experts={placement.num_redundant_experts}"
+        )
+    return placement
 
 
 def _topology(config: Config, experts: int, num_ranks: int) -> Topology:

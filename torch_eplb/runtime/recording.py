@@ -7,15 +7,20 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from torch_eplb.comm.communicator import Communicator, all_gather_single
+from torch_eplb.files.expert_map import write_expert_map
+from torch_eplb.files.paths import check_target
 from torch_eplb.files.trace import TraceWriter
 from torch_eplb.routing.load import LoadCounters
 from torch_eplb.values.choices import PHASES, DispatchKind
+from torch_eplb.values.placement import Placement
 
-__all__ = ["RecordedSteps", "StepRecorder"]
+__all__ = ["MapWriter", "RecordedSteps", "StepRecorder"]
 
 logger = logging.getLogger("torch_eplb")
 
@@ -73,6 +78,32 @@ class RecordedSteps:
             self._pauses -= 1
 
 
+class MapWriter:
+    """Writes planned placements as expert maps, each over the last (``record_map_path``).
+
+    Args:
+        path: the map to write.
+
+    Attributes:
+        failures: placements that could not be written.
+
+    Raises:
+        OSError, ValueError: nothing can be written there.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = check_target(path, "expert map")
+        self.failures = 0
+
+    def __call__(self, placement: Placement) -> None:
+        """Write a placement; a failure costs a warning."""
+        try:
+            write_expert_map(self._path, placement)
+        except (OSError, ValueError) as error:
+            self.failures += 1
+            logger.warning("the planned expert map is not written: %s; serving goes on", str(error))
+
+
 class StepRecorder:
     """Gathers each step's load per source rank; rank 0 writes it. Every rank calls every method.
 
@@ -83,6 +114,12 @@ class StepRecorder:
         comm: gives the control plane.
         counters: the load counters.
         dispatch: where all ranks hold the same tokens, one rank is the source.
+
+    Attributes:
+        failures: steps that could not be written.
+
+    Raises:
+        OSError, ValueError: on rank 0, nothing can be written there.
     """
 
     def __init__(
@@ -95,6 +132,7 @@ class StepRecorder:
         self._previous = torch.zeros((layers, counters.num_experts), dtype=torch.int64)
         self._pending: deque[tuple[torch.Tensor, dist.Work | None]] = deque()
         self._writer: TraceWriter | None = None
+        self.failures = 0
         if comm.leads:
             self._writer = TraceWriter(
                 path,
@@ -125,7 +163,16 @@ class StepRecorder:
             self._comm.wait_for(work, "recording the load")
             self._pending.popleft()
             if self._writer is not None and bool(gathered.any()):
-                self._writer.append(gathered[: self._sources].numpy())
+                self._write(self._writer, gathered[: self._sources].numpy())
+
+    def _write(self, writer: TraceWriter, counts: NDArray[np.int64]) -> None:
+        """Write a step; a failure costs a warning, and what was written before is kept."""
+        try:
+            writer.append(counts)
+        except (OSError, ValueError) as error:
+            self.failures += 1
+            if self.failures == 1:
+                logger.warning("steps are missing in the trace: %s; serving goes on", str(error))
 
     def close(self) -> None:
         """Write what is under way and close the trace."""
@@ -133,4 +180,8 @@ class StepRecorder:
             self._write_finished(0)
         finally:
             if self._writer is not None:
-                self._writer.close()
+                try:
+                    self._writer.close()
+                except (OSError, ValueError) as error:
+                    self.failures += self._writer.num_steps
+                    logger.warning("the trace is not written: %s", str(error))

@@ -87,7 +87,7 @@ class ShardedState:
                     raise RuntimeError(
                         f"{key} is on the meta device: give the model its values with "
                         "torch_eplb.load_pretrained, or its memory, before a load, with "
-                        "torch_eplb.state.materialize.materialize(balancer.module, device)"
+                        "torch_eplb.materialize.materialize(balancer.module, device)"
                     )
                 value = value.detach()
             if key in experts:

@@ -28,6 +28,8 @@ class Stats:
         plans_failed: cycles that ended without a usable plan; the log says why.
         planner_restarts: how often the planner was started again (rank 0's).
         rebalances_abandoned: rebalances given up because a checksum did not match.
+        writes_failed: loads and maps that could not be written to ``record_path`` and
+            ``record_map_path`` (rank 0's).
         stalled: why nothing has progressed for long, or None.
         disabled: why balancing is off for good, or None.
     """
@@ -48,6 +50,7 @@ class Stats:
     plans_failed: int
     planner_restarts: int
     rebalances_abandoned: int
+    writes_failed: int
     stalled: str | None
     disabled: str | None
 

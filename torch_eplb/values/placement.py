@@ -14,6 +14,18 @@ A tiny example with one layer, 4 experts, 3 ranks of 2 slots (experts 0 and 1 ha
     >>> q = Placement(np.array([[[0, 1], [2, 3], [3, 1]]]), num_experts=4)
     >>> p.changed_slots(q).tolist()
     [1]
+
+DeepSeek's EPLB says the same with three arrays, which `Placement.from_phy2log`, `phy2log`,
+`log2phy` and `logcnt` speak:
+
+    >>> p.phy2log.tolist()        # the logical expert of every physical one, rank after rank
+    [[0, 1, 2, 0, 3, 1]]
+    >>> p.log2phy.tolist()        # the physical experts of every logical one, filled up with -1
+    [[[0, 3], [1, 5], [2, -1], [4, -1]]]
+    >>> p.logcnt.tolist()
+    [[2, 2, 1, 1]]
+    >>> Placement.from_phy2log(p.phy2log, num_ranks=3) == p
+    True
 """
 
 from __future__ import annotations
@@ -22,6 +34,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from torch_eplb.values.arrays import host_array
 
 __all__ = ["Placement"]
 
@@ -109,6 +123,63 @@ class Placement:
         )
         return cls(layers, num_experts)
 
+    @classmethod
+    def from_phy2log(
+        cls,
+        phy2log: Any,
+        num_ranks: int,
+        num_experts: int | None = None,
+        *,
+        allow_duplicates: bool = False,
+    ) -> Placement:
+        """The placement that DeepSeek's ``phy2log`` (physical to logical map) describes.
+
+        Args:
+            phy2log: integers ``[layers, physical experts]``, the logical expert of every physical
+                one; rank ``r`` owns the ``r``-th of ``num_ranks`` equal parts. A numpy array,
+                nested lists, or a torch tensor on any device.
+            num_ranks: ranks (GPUs) that the physical experts are spread over.
+            num_experts: logical experts per layer; None for one more than the highest id.
+            allow_duplicates: accept two replicas of an expert on one rank, which DeepSeek's
+                algorithm may answer; `torch_eplb.from_rebalance_experts` parts them.
+
+        Raises:
+            TypeError: ``phy2log`` is not made of integers.
+            ValueError: another shape, a length that does not divide over the ranks, or what
+                `Placement` refuses.
+
+        >>> Placement.from_phy2log([[0, 1, 2, 0, 3, 1]], num_ranks=3).experts.tolist()
+        [[[0, 1], [2, 0], [3, 1]]]
+        """
+        try:
+            array = host_array(phy2log)
+        except ValueError as error:
+            raise ValueError(
+                f"phy2log must be an integer array [layers, physical experts]: {error}"
+            ) from error
+        if array.ndim != 2 or 0 in array.shape:
+            raise ValueError(
+                "phy2log must have the shape [layers, physical experts], each at least 1, "
+                f"got {list(array.shape)}"
+            )
+        if array.dtype.kind not in "iu":
+            raise TypeError(
+                "phy2log must be an integer array [layers, physical experts], "
+                f"got dtype {array.dtype}"
+            )
+        if num_ranks < 1:
+            raise ValueError(f"num_ranks must be at least 1, got {num_ranks}")
+        layers, physical = array.shape
+        if physical % num_ranks:
+            raise ValueError(
+                f"phy2log has {physical} physical experts per layer, which must be a multiple of "
+                f"num_ranks ({num_ranks})"
+            )
+        if num_experts is None:
+            num_experts = max(int(array.max()) + 1, 1)
+        experts = array.reshape(layers, num_ranks, physical // num_ranks)
+        return cls(experts, num_experts, allow_duplicates=allow_duplicates)
+
     @property
     def experts(self) -> NDArray[np.int32]:
         """``[layers, ranks, slots]`` int32, read-only: the logical expert in every slot."""
@@ -136,6 +207,33 @@ class Placement:
     def num_redundant_experts(self) -> int:
         """Slots beyond one per expert, per layer."""
         return self.num_ranks * self.num_slots - self._num_experts
+
+    @property
+    def phy2log(self) -> NDArray[np.int64]:
+        """``[layers, physical experts]``: DeepSeek's physical to logical map, a new array."""
+        return self._experts.reshape(self.num_layers, -1).astype(np.int64)
+
+    @property
+    def log2phy(self) -> NDArray[np.int64]:
+        """``[layers, experts, most replicas]``: DeepSeek's logical to physical map, a new array.
+
+        The physical experts that hold each expert, ascending, filled up with -1 to the most
+        replicas that any expert has in any layer.
+        """
+        physical, counts = self.phy2log, self.logcnt
+        layer = np.arange(self.num_layers)[:, None]
+        slot = np.argsort(physical, axis=1, kind="stable")
+        expert = np.take_along_axis(physical, slot, axis=1)
+        first = counts.cumsum(axis=1) - counts
+        replica = np.arange(physical.shape[1]) - np.take_along_axis(first, expert, axis=1)
+        result = np.full((*counts.shape, int(counts.max())), -1, dtype=np.int64)
+        result[layer, expert, replica] = slot
+        return result
+
+    @property
+    def logcnt(self) -> NDArray[np.int64]:
+        """``[layers, experts]``: DeepSeek's count of every expert's replicas, a new array."""
+        return self.replica_counts().astype(np.int64)
 
     def replica_counts(self) -> NDArray[np.int32]:
         """``[layers, experts]``: in how many slots each expert sits."""

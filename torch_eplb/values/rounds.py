@@ -31,9 +31,11 @@ __all__ = [
     "SOURCE_SLOT",
     "TARGET_RANK",
     "TARGET_SLOT",
+    "Bounds",
     "Round",
     "Schedule",
     "bytes_per_layer",
+    "check_rounds",
     "check_schedule",
 ]
 
@@ -187,6 +189,23 @@ class Schedule:
         return schedule
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """What a round may take.
+
+    Attributes:
+        expert_bytes: bytes of one expert, one number for all layers or one per layer.
+        staging_bytes: staging memory of a rank.
+        layers_per_round: the most layers that a round may touch, or None.
+        send_bytes_per_round: the most bytes that a rank may send in a round, or None.
+    """
+
+    expert_bytes: Sequence[int] | int
+    staging_bytes: int
+    layers_per_round: int | None = None
+    send_bytes_per_round: int | None = None
+
+
 def check_schedule(
     schedule: Schedule,
     *,
@@ -204,35 +223,45 @@ def check_schedule(
 
     Args:
         schedule: the schedule to check.
-        expert_bytes: bytes of one expert, one number for all layers or one per layer.
-        staging_bytes: staging memory of a rank.
-        layers_per_round: the most layers that a round may touch, or None.
-        send_bytes_per_round: the most bytes that a rank may send in a round, or None.
+        expert_bytes, staging_bytes, layers_per_round, send_bytes_per_round: see `Bounds`.
 
     Raises:
         ValueError: an invariant is broken; the message names round, rank and invariant.
     """
-    sizes = bytes_per_layer(expert_bytes, schedule.start.num_layers)
-    num_ranks = schedule.start.num_ranks
-    # Replayed first: it also makes sure that every index below is in range.
-    for _ in schedule.replay():
+    bounds = Bounds(expert_bytes, staging_bytes, layers_per_round, send_bytes_per_round)
+    for _ in check_rounds(schedule, bounds):
         pass
-    for number, rnd in enumerate(schedule.rounds):
-        layer, source, target = (rnd.transfers[:, c] for c in (LAYER, SOURCE_RANK, TARGET_RANK))
-        size = sizes[layer]
-        received = _sum_by_rank(target, np.where(rnd.direct, 0, size), num_ranks)
-        _bound(number, received, staging_bytes, "staged receives take", "the staging has")
-        distinct = len(np.unique(layer))
-        if layers_per_round is not None and distinct > layers_per_round:
-            raise ValueError(
-                f"round {number}: touches {distinct} layers, layers_per_round is {layers_per_round}"
-            )
-        if send_bytes_per_round is not None:
-            remote = source != target
-            sent = _sum_by_rank(source, np.where(remote, size, 0), num_ranks)
-            alone = np.bincount(source[remote], minlength=num_ranks) <= 1
-            sent[alone] = 0
-            _bound(number, sent, send_bytes_per_round, "sends take", "send_bytes_per_round is")
+
+
+def check_rounds(schedule: Schedule, bounds: Bounds) -> Iterator[int]:
+    """`check_schedule` in pieces: checks one round with each item, and yields its number.
+
+    The target is checked after the last one.
+    """
+    sizes = bytes_per_layer(bounds.expert_bytes, schedule.start.num_layers)
+    # A round is replayed first, which also makes sure that every index in it is in range.
+    for number, _ in enumerate(schedule.replay()):
+        _check_bounds(number, schedule.rounds[number], sizes, schedule.start.num_ranks, bounds)
+        yield number
+
+
+def _check_bounds(
+    number: int, rnd: Round, sizes: NDArray[np.int64], num_ranks: int, bounds: Bounds
+) -> None:
+    layer, source, target = (rnd.transfers[:, c] for c in (LAYER, SOURCE_RANK, TARGET_RANK))
+    size = sizes[layer]
+    received = _sum_by_rank(target, np.where(rnd.direct, 0, size), num_ranks)
+    _bound(number, received, bounds.staging_bytes, "staged receives take", "the staging has")
+    distinct, most = len(np.unique(layer)), bounds.layers_per_round
+    if most is not None and distinct > most:
+        raise ValueError(f"round {number}: touches {distinct} layers, layers_per_round is {most}")
+    if bounds.send_bytes_per_round is not None:
+        remote = source != target
+        sent = _sum_by_rank(source, np.where(remote, size, 0), num_ranks)
+        alone = np.bincount(source[remote], minlength=num_ranks) <= 1
+        sent[alone] = 0
+        limit = bounds.send_bytes_per_round
+        _bound(number, sent, limit, "sends take", "send_bytes_per_round is")
 
 
 def bytes_per_layer(expert_bytes: Sequence[int] | int, num_layers: int) -> NDArray[np.int64]:

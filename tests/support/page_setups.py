@@ -1,0 +1,256 @@
+"""What blocks of the documentation find when they run, and what must hold after they have run.
+
+A setup is a context manager that gives the block's names and looks at them afterwards:
+
+    with SETUPS["moved"](rank, world_size) as names:
+        exec(code, names)
+
+It runs in a rank's own process, in a folder that the ranks share and nobody else uses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from support.models import QUICK, MoELayer, ToyModel, skewed_batch
+from support.moving import CLOSE, assert_same
+from support.programs import ROOT
+from torch import nn
+
+import torch_eplb
+from torch_eplb import Placement
+from torch_eplb.files.expert_map import read_expert_map, write_expert_map
+
+Names = dict[str, Any]
+Setup = Callable[[int, int], contextlib.AbstractContextManager[Names]]
+
+PRELUDES = {"hccl": "from support import hccl\n\nhccl.install()\n"}
+"""What programs begin with, where a device's libraries are not there."""
+
+
+def run_block(
+    rank: int, world_size: int, code: str, page: str, line: int, setup: str, folder: str
+) -> None:
+    """Run a block as one rank; tracebacks name the page and its lines."""
+    os.chdir(folder)
+    padded = "\n" * (line - 1) + code
+    with SETUPS[setup](rank, world_size) as names:
+        exec(compile(padded, str(ROOT / page), "exec", dont_inherit=True), names)
+
+
+def serve(balancer: nn.Module, reference: nn.Module, rank: int, rebalances: int) -> None:
+    """Forwards until so many rebalances are over; every output is the unwrapped model's."""
+    step = 0
+    with torch.no_grad():
+        while balancer.stats().rebalances < rebalances:
+            step += 1
+            x = skewed_batch(12, 16, 100 * step + rank)
+            torch.testing.assert_close(balancer(x), reference(x), **CLOSE)
+
+
+@contextlib.contextmanager
+def nothing(rank: int, world_size: int) -> Iterator[Names]:
+    """A block that brings all that it needs."""
+    yield {}
+
+
+@contextlib.contextmanager
+def moved(rank: int, world_size: int) -> Iterator[Names]:
+    """A wrapped model whose experts have moved; after the block it has the weights it had."""
+    model = ToyModel()
+    reference = copy.deepcopy(model)
+    balancer = torch_eplb.wrap(model, **QUICK)
+    serve(balancer, reference, rank, 2)
+    assert balancer.stats().experts_moved > 0
+    expected = reference.state_dict()
+    folder = "checkpoint"
+    names: Names = {
+        "balancer": balancer,
+        "folder": folder,
+        "torch": torch,
+        "dist": dist,
+        "torch_eplb": torch_eplb,
+    }
+    yield names
+    placement = balancer.placement
+    assert_same(balancer.state_dict(), expected)
+    serve(balancer, reference, rank, 3)
+    balancer.close()
+    dist.barrier()
+    if os.path.exists(folder):
+        plain = {"model": ToyModel(seed=1).state_dict()}
+        dcp.load(plain, checkpoint_id=folder)
+        assert_same(plain["model"], expected)
+    if os.path.exists("map.json"):
+        model_shape = {"num_layers": 2, "num_experts": 8, "num_ranks": world_size}
+        written = read_expert_map("map.json", **model_shape)
+        assert (written.experts == placement.experts).all()
+    if os.path.exists("model.pt"):
+        assert_same(torch.load("model.pt"), expected)
+
+
+@contextlib.contextmanager
+def restart(rank: int, world_size: int) -> Iterator[Names]:
+    """A model, and the map of a placement that is not the one of experts in order."""
+    model = ToyModel()
+    reference = copy.deepcopy(model)
+    experts = np.roll(Placement.initial(2, 8, world_size, 6).experts, 1, axis=1)
+    if rank == 0:
+        write_expert_map("map.json", Placement(experts, 8))
+    dist.barrier()
+    names: Names = {"model": model, "torch_eplb": torch_eplb}
+    yield names
+    balancer = names["balancer"]
+    assert (balancer.placement.experts == experts).all()
+    with torch.no_grad():
+        x = skewed_batch(12, 16, rank)
+        torch.testing.assert_close(balancer(x), reference(x), **CLOSE)
+    balancer.close()
+
+
+@contextlib.contextmanager
+def meta_dcp(rank: int, world_size: int) -> Iterator[Names]:
+    """A checkpoint of an unwrapped model, and the model on the meta device, wrapped."""
+    saved = ToyModel(seed=3)
+    dcp.save({"model": saved.state_dict()}, checkpoint_id="checkpoint")
+    with torch.device("meta"):
+        model = ToyModel()
+    balancer = torch_eplb.wrap(model, **QUICK)
+    yield {
+        "balancer": balancer,
+        "device": torch.device("cpu"),
+        "folder": "checkpoint",
+        "torch_eplb": torch_eplb,
+    }
+    assert_same(balancer.state_dict(), saved.state_dict())
+    serve(balancer, saved, rank, 1)
+    balancer.close()
+
+
+@contextlib.contextmanager
+def pretrained(rank: int, world_size: int) -> Iterator[Names]:
+    """A folder as transformers saves a model; after the block the model gives its outputs."""
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=96,
+        hidden_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=32,
+        num_experts_per_tok=4,
+    )
+    if rank == 0:
+        Qwen3MoeForCausalLM(config).save_pretrained("saved")
+    dist.barrier()
+    names: Names = {"folder": "saved", "torch": torch, "torch_eplb": torch_eplb}
+    yield names
+    reference = AutoModelForCausalLM.from_pretrained("saved").eval()
+    balancer = names["model"].eval()
+    tokens = torch.randint(0, 96, (2, 10), generator=torch.Generator().manual_seed(rank))
+    with torch.no_grad():
+        ours, theirs = balancer(input_ids=tokens), reference(input_ids=tokens)
+    torch.testing.assert_close(ours.logits, theirs.logits, **CLOSE)
+    balancer.close()
+
+
+@contextlib.contextmanager
+def own_layer(rank: int, world_size: int) -> Iterator[Names]:
+    """The block defines ``MyExperts``, with which a model is balanced after it."""
+    names: Names = {}
+    yield names
+    torch.manual_seed(0)
+    model = ToyModel()
+    for layer in model.layers:
+        layer.experts = names["MyExperts"](8, 16)
+    reference = copy.deepcopy(model)
+    with torch_eplb.wrap(model, **QUICK) as balancer:
+        serve(balancer, reference, rank, 2)
+        assert balancer.stats().experts_moved > 0
+
+
+@contextlib.contextmanager
+def own_policy(rank: int, world_size: int) -> Iterator[Names]:
+    """The block wraps ``model`` with a policy of its own."""
+    names: Names = {"model": ToyModel(), "torch_eplb": torch_eplb}
+    reference = copy.deepcopy(names["model"])
+    yield names
+    balancer = names["model"]
+    serve(balancer, reference, rank, 2)
+    assert balancer.stats().experts_moved > 0
+    assert balancer.stats().plans_failed == 0
+    balancer.close()
+
+
+class OneTensor(nn.Module):
+    """Experts with one tensor each, which are therefore one message each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts = 8
+        self.up = nn.Parameter(torch.randn(8, 16, 16) / 4)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        out = torch.zeros_like(hidden_states)
+        for expert in range(self.num_experts):
+            token, choice = torch.where(top_k_index == expert)
+            part = hidden_states[token] @ self.up[expert] * top_k_weights[token, choice, None]
+            out = out.index_add(0, token, part)
+        return out
+
+
+class MyModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = MoELayer(num_experts=8, hidden=16, width=8, top_k=2)
+        self.layer.experts = OneTensor()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+@contextlib.contextmanager
+def unit(rank: int, world_size: int) -> Iterator[Names]:
+    """A user's model, a batch of it, and the bytes of an expert."""
+    names: Names = {
+        "MyModel": MyModel,
+        "batch": skewed_batch(12, 16, 0),
+        "EXPERT_BYTES": 16 * 16 * 4,
+        "torch_eplb": torch_eplb,
+    }
+    with torch.no_grad():
+        yield names
+    assert names["posted"]
+    assert names["model"].stats().rebalances >= 1
+
+
+@contextlib.contextmanager
+def files(rank: int, world_size: int) -> Iterator[Names]:
+    """The shipped trace."""
+    shutil.copy(ROOT / "examples" / "data" / "trace.npz", "trace.npz")
+    names: Names = {}
+    yield names
+    assert names["trace"].counts.shape == (800, 4, 8, 64)
+    assert names["load"].shape == (800, 8, 64)
+
+
+SETUPS: dict[str, Setup] = {
+    setup.__name__: setup
+    for setup in (
+        *(nothing, moved, restart, meta_dcp, pretrained),
+        *(own_layer, own_policy, unit, files),
+    )
+}
