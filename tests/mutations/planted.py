@@ -58,22 +58,21 @@ FAULTS = (
         "comm/transport.py",
         "        if all(work.is_completed() for work in self._works):",
         "        if True:",
-        "distributed/test_hccl.py",
+        "comm",
     ),
     _fault(
         "transfers-not-ordered-before-the-commit",
         "comm/transport.py",
         "        for work in self._works:\n            work.wait()",
         "        pass",
-        "distributed/test_hccl.py",
+        "comm",
     ),
     _fault(
         "no-warm-up",
         "comm/communicator.py",
         "        self._warm_up()\n",
         "",
-        "distributed/test_hccl.py",
-        "distributed/test_posted_operations.py",
+        "comm",
     ),
     _fault(
         "peers-by-rank-in-the-group",
@@ -124,15 +123,14 @@ FAULTS = (
         "runtime/cycle.py",
         "        if least != -minus_most:",
         "        if False:",
-        "distributed/test_slow_ranks.py",
-        "faults/test_exceptions.py",
+        "runtime/test_cycle.py",
     ),
     _fault(
         "a-doubted-round-is-committed",
         "runtime/cycle.py",
         "        if fault:\n            self._abandon()",
         "        if False:\n            self._abandon()",
-        "distributed/test_migration.py",
+        "faults/test_balancing_goes_wrong.py",
     ),
     _fault(
         "a-round-is-committed-when-one-rank-has-it",
@@ -148,17 +146,7 @@ FAULTS = (
         "        if self._position.step < self._window_end + self._config.plan_interval:\n"
         "            return\n",
         "",
-        "runtime",
-        "distributed/test_slow_ranks.py",
-        "distributed/test_wrap.py",
-    ),
-    _fault(
-        "plans-from-another-placement",
-        "runtime/cycle.py",
-        "if self._reply.schedule.start != self._migration.placement:",
-        "if False:",
-        "faults/test_wrong_plans.py",
-        "faults/test_balancing_goes_wrong.py",
+        "runtime/test_cycle.py",
     ),
     _fault(
         "shared-tokens-counted-by-every-rank",
@@ -166,8 +154,7 @@ FAULTS = (
         "        if self._config.dispatch_kind.shares_tokens:\n"
         "            # Every rank counted the same tokens.",
         "        if False:\n            # Every rank counted the same tokens.",
-        "runtime",
-        "distributed/test_exporting.py",
+        "distributed/test_counting.py",
     ),
     _fault(
         "repair-forgotten-when-draining",
@@ -196,7 +183,7 @@ FAULTS = (
         "layers/dispatch.py",
         "                tables.topology.ranks_per_node,",
         "                comm.num_ranks,",
-        "distributed/test_dispatch.py",
+        "distributed/test_nodes.py",
     ),
     _fault(
         "recomputations-counted",
@@ -230,7 +217,7 @@ FAULTS = (
     _fault(
         "host-table-of-a-device-not-updated",
         "routing/tables.py",
-        "            self._write(self.host_slots_LEM, index.cpu(), slots)",
+        "            self._write(self.host_slots_LEM, index, slots)",
         "            pass",
         "routing",
     ),

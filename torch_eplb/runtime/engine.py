@@ -40,7 +40,7 @@ from torch_eplb.planner.process import Planner
 from torch_eplb.policies.split import even_split
 from torch_eplb.routing import LoadCounters, RoutingTables
 from torch_eplb.runtime import clock
-from torch_eplb.runtime.cycle import RebalanceCycle
+from torch_eplb.runtime.cycle import RebalanceCycle, Stage
 from torch_eplb.runtime.guards import Guards
 from torch_eplb.runtime.prepare import Setup, planner_settings, release
 from torch_eplb.runtime.recording import MapWriter, RecordedSteps, StepRecorder
@@ -96,6 +96,7 @@ class Engine(BoundToRanks):
         self._hooks: OrderedDict[int, Callable[[CommittedRound], None]] = OrderedDict()
         self._committed: list[CommittedRound] = []
         self._hook_seconds = 0.0
+        self._migration_seconds = 0.0
         on_meta = any(t.is_meta for layer in self.layers for t in layer.tensors())
         self._life = Life.ON_META if on_meta else Life.BALANCING
         self._reason: str | None = None  # why balancing is off, or has failed
@@ -343,7 +344,7 @@ class Engine(BoundToRanks):
 
     def _pass_boundary(self) -> None:
         self.comm.check_process()
-        start = time.perf_counter()
+        start, moving = time.perf_counter(), self._cycle.stage is Stage.MIGRATE
         try:
             with self._failing():
                 if self._recorder is not None and self.position.step > 0:
@@ -353,7 +354,10 @@ class Engine(BoundToRanks):
                 self._counters.set_recording(self.recorded.wants())
         finally:
             self.position.step += 1
-            self._hook_seconds += time.perf_counter() - start
+            took = time.perf_counter() - start
+            self._hook_seconds += took
+            if moving or self._cycle.stage is Stage.MIGRATE:
+                self._migration_seconds += took
 
     # ---- what ranks do together ---------------------------------------------------------------
 
@@ -466,12 +470,15 @@ class Engine(BoundToRanks):
         """State and totals since wrapping."""
         self._notice_loss()
         cycle, migration, exchange = self._cycle, self._migration, self.exchange
+        ended = cycle.rebalanced_at  # by the model's thread; this may be another
         return Stats(
             step=self.position.step,
             stage=cycle.stage.value if self.is_open else "closed",
             rebalances=cycle.rebalances,
+            seconds_since_rebalance=None if ended is None else time.monotonic() - ended,
             placement_version=migration.version,
             experts_moved=migration.experts_moved,
+            par_now=cycle.present.values.tolist(),
             par_measured=cycle.par_measured.tolist(),
             par_predicted=cycle.par_predicted.tolist(),
             bytes_sent=exchange.bytes_sent,
@@ -480,6 +487,7 @@ class Engine(BoundToRanks):
             staging_bytes_peak=exchange.staging_peak,
             plan_seconds=cycle.plan_seconds,
             hook_seconds=self._hook_seconds,
+            migration_seconds=self._migration_seconds,
             plans_failed=cycle.plans_failed,
             planner_restarts=self._planner.restarts if self._planner else 0,
             rebalances_abandoned=cycle.abandoned,
