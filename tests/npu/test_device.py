@@ -100,7 +100,7 @@ def waits(rank: int, world_size: int) -> None:
     pinned = torch.empty(4, dtype=torch.int64, pin_memory=True)
     with control.host_waits() as found:
         y = x * 2
-        y.index_add_(0, x, y)
+        y.index_add_(0, x, y.clone())
         pinned.copy_(y, non_blocking=True)
         y.copy_(pinned, non_blocking=True)
     assert found == []
@@ -261,10 +261,12 @@ def broken(rank: int, world_size: int) -> None:
     event = torch.Event("npu")
     work.wait()
     event.record()
+    # What has failed is complete, too, says torch; what made it fail is known once that was asked.
+    assert work.is_completed()
+    assert work.exception() is not None
     # The wait has ordered streams, and they wait for ever.
     assert not event.query()
-    dist.barrier_of_the_store = None  # type: ignore[attr-defined]
 
 
-def test_a_broken_communicator_keeps_its_stream() -> None:
+def test_a_broken_communicator_reports_it_and_keeps_its_stream() -> None:
     run_on_npus(broken, 2)

@@ -26,7 +26,14 @@ FLAGS = ("-std=c++17", "-O1", "-g", "-fPIC", "-Wall", "-Wextra", "-Werror")
 RUNTIME, OPERATORS = "libascendcl.so", "libopapi.so"
 # Further names under which the wheel links or opens what is in the first two.
 ALIASES = {
-    RUNTIME: ("libhccl.so", "libacl_op_compiler.so", "libge_runner.so", "libgraph.so", "libacl_tdt_channel.so", "libhcomm.so"),
+    RUNTIME: (
+        "libhccl.so",
+        "libacl_op_compiler.so",
+        "libge_runner.so",
+        "libgraph.so",
+        "libacl_tdt_channel.so",
+        "libhcomm.so",
+    ),
     OPERATORS: ("libcust_opapi.so",),
 }
 LIBRARIES = (RUNTIME, *ALIASES[RUNTIME], OPERATORS, *ALIASES[OPERATORS])

@@ -44,8 +44,8 @@ def delay(kind: str, milliseconds: tuple[float, float], one_in: int = 1, seed: i
 def host_waits() -> Iterator[list[str]]:
     """What makes this thread wait for the device inside, in order.
 
-    Each is ``"<reason> in <file>:<function>"``: the reason is "stream", "event", "device" or "copy",
-    the place is the innermost function of torch_eplb on the stack, or "elsewhere".
+    Each is ``"<reason> in <file>:<function>"``: the reason is "stream", "event", "device" or
+    "copy", the place is the innermost function of torch_eplb on the stack, or "elsewhere".
     """
     found: list[str] = []
 

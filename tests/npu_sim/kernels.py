@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
+
 from npu_sim.runtime import library
 
 __all__ = ["install"]
@@ -68,15 +69,15 @@ def install() -> None:
                 _register(operator, functools.partial(_run_later, operator), "PrivateUse1")
             if has(name, "AutogradPrivateUse1"):
                 # torch_npu differentiates some operators by operators of its own, which have no
-                # kernels here. The CPU's derivatives are made of those that have.
-                derive = functools.partial(operator._op_dk, torch._C.DispatchKey.AutogradCPU)
+                # kernels here. Every other device's derivatives are made of those that have.
+                derive = functools.partial(operator._op_dk, torch._C.DispatchKey.Autograd)
                 if has(name, "CompositeImplicitAutograd"):
                     derive = operator.decompose
                 _register(operator, derive, "AutogradPrivateUse1")
 
 
 def _find_operator(name: str) -> Any:
-    """The operator of a registered name; None for torch_npu's own ones, which torch does not know."""
+    """The operator of a registered name; None for torch_npu's own, which torch does not know."""
     if not name.startswith("aten::"):
         return None
     base, _, overload = name.removeprefix("aten::").partition(".")
@@ -142,9 +143,7 @@ def _run_now(operator: Any, leaves: list[Any], spec: Any) -> Any:
             return value
         if id(value) in given:
             return given[id(value)]
-        result = torch.empty_strided(
-            value.shape, value.stride(), dtype=value.dtype, device=device
-        )
+        result = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
         _host_view(result).copy_(value)
         return result
 

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from npu_sim import runtime
 from support import ranks
+
+from npu_sim import runtime
 
 __all__ = ["DELAYS", "run_on_npus"]
 
@@ -86,6 +87,7 @@ def _on_npu(rank: int, world_size: int, settings: _Settings, args: tuple[Any, ..
     import torch
     import torch.distributed as dist
     import torch_npu
+
     from npu_sim import control
 
     # The wheel looks at the version of CANN once, at its import in the fork server.

@@ -42,4 +42,5 @@ def load() -> None:
 def library() -> ctypes.CDLL:
     """The runtime. Loaded for all, so that the dynamic linker finds it when torch_npu asks."""
     folder = Path(os.environ[FOLDER_VARIABLE])
-    return [ctypes.CDLL(str(folder / name), ctypes.RTLD_GLOBAL) for name in LIBRARIES][0]
+    runtime, *_ = [ctypes.CDLL(str(folder / name), ctypes.RTLD_GLOBAL) for name in LIBRARIES]
+    return runtime

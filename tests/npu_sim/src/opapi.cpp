@@ -1,11 +1,12 @@
-// The few operators that torch_npu itself calls beneath its copies: they cannot be replaced from
-// Python. All others are Python kernels.
+// The few operators that torch_npu itself calls, beneath its copies and when it gathers tensors of
+// different sizes: they cannot be replaced from Python. All others are Python kernels.
 //
 // An operator is called in two steps: ...GetWorkspaceSize prepares an executor, the second function
 // runs it on a stream.
 
 #include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "numbers.h"
@@ -18,8 +19,17 @@ struct aclTensor {
   char* storage;
 };
 
+struct aclScalar {
+  sim::Number value;
+};
+
+struct aclIntArray {
+  std::vector<int64_t> values;
+};
+
 struct aclOpExecutor {
   aclTensor target, source;
+  std::vector<std::pair<aclTensor, sim::Number>> filled;  // before the copy
 };
 
 namespace {
@@ -67,10 +77,17 @@ void copy_strided(const aclTensor& target, const aclTensor& source) {
   }
 }
 
+void fill(const aclTensor& target, const sim::Number& value) {
+  // A tensor of one element that is broadcast.
+  std::vector<char> element(sim::element_size(target.type));
+  sim::store(target.type, element.data(), value);
+  copy_strided(target, aclTensor{{}, {}, target.type, 0, element.data()});
+}
+
 int prepare(const aclTensor* target, const aclTensor* source, uint64_t* workspace,
             aclOpExecutor** executor) {
   *workspace = 0;
-  *executor = new aclOpExecutor{*target, *source};
+  *executor = new aclOpExecutor{*target, *source, {}};
   return ACL_SUCCESS;
 }
 
@@ -96,8 +113,9 @@ int aclnnInplaceCopyGetWorkspaceSize(const aclTensor* target, const aclTensor* s
 }
 
 int aclnnInplaceCopy(void*, uint64_t, aclOpExecutor* executor, aclrtStream stream) {
-  sim::post(stream, sim::Work::kDeviceCopy, [target = executor->target, source = executor->source] {
-    copy_strided(target, source);
+  sim::post(stream, sim::Work::kDeviceCopy, [copied = *executor] {
+    for (auto& [target, value] : copied.filled) fill(target, value);
+    copy_strided(copied.target, copied.source);
   });
   delete executor;
   return ACL_SUCCESS;
@@ -109,6 +127,45 @@ int aclnnCastGetWorkspaceSize(const aclTensor* source, aclDataType, aclTensor* t
 }
 
 int aclnnCast(void* workspace, uint64_t size, aclOpExecutor* executor, aclrtStream stream) {
+  return aclnnInplaceCopy(workspace, size, executor, stream);
+}
+
+aclScalar* aclCreateScalar(void* value, aclDataType type) {
+  return new aclScalar{sim::load(type, static_cast<const char*>(value))};
+}
+
+int aclDestroyScalar(const aclScalar* scalar) {
+  delete scalar;
+  return ACL_SUCCESS;
+}
+
+aclIntArray* aclCreateIntArray(const int64_t* values, uint64_t size) {
+  return new aclIntArray{{values, values + size}};
+}
+
+int aclDestroyIntArray(const aclIntArray* array) {
+  delete array;
+  return ACL_SUCCESS;
+}
+
+// `pads`: elements before and after, of the last dimension first.
+int aclnnConstantPadNdGetWorkspaceSize(const aclTensor* source, const aclIntArray* pads,
+                                       const aclScalar* value, aclTensor* target,
+                                       uint64_t* workspace, aclOpExecutor** executor) {
+  aclTensor inner = *target;
+  inner.shape = source->shape;
+  for (size_t pair = 0; pair < pads->values.size() / 2; pair++) {
+    int64_t before = pads->values[2 * pair], after = pads->values[2 * pair + 1];
+    if (before < 0 || after < 0) return ACL_ERROR_RT_FEATURE_NOT_SUPPORT;
+    inner.offset += before * target->strides[target->shape.size() - 1 - pair];
+  }
+  prepare(&inner, source, workspace, executor);
+  (*executor)->filled.push_back({*target, value->value});
+  return ACL_SUCCESS;
+}
+
+int aclnnConstantPadNd(void* workspace, uint64_t size, aclOpExecutor* executor,
+                       aclrtStream stream) {
   return aclnnInplaceCopy(workspace, size, executor, stream);
 }
 

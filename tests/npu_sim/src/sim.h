@@ -1,4 +1,4 @@
-// What the sources of the simulated CANN share; README.md says what is simulated.
+// What the sources of the simulated CANN share; ../README.md says what is simulated.
 #pragma once
 
 #include <acl/acl.h>
