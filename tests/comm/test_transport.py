@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -18,13 +19,14 @@ class Late:
 
     def __init__(self) -> None:
         self.done = False
+        self.failure: Exception | None = None
         self.waited = 0
 
     def is_completed(self) -> bool:
         return self.done
 
-    def exception(self) -> None:
-        return None
+    def exception(self) -> Exception | None:
+        return self.failure if self.done else None
 
     def wait(self) -> bool:
         self.waited += 1
@@ -47,6 +49,38 @@ def test_a_device_transfer_has_finished_when_all_its_works_have(works: list[Late
     assert not transfer.finished()
     works[1].done = True
     assert transfer.finished()
+
+
+def test_what_has_failed_is_complete_and_not_finished(works: list[Late]) -> None:
+    operations: Any = [object(), object()]
+    transfer = transport.DeviceTransfer(operations, 10.0, "round 3")
+    works[1].failure = RuntimeError("remote error")
+    assert not transfer.finished()
+    works[1].done = True  # the other one is still under way
+    with pytest.raises(RuntimeError, match="round 3 failed: .*remote error"):
+        transfer.finished()
+
+
+@dataclass
+class Message:
+    op: str
+    peer: int
+    number: int
+
+
+def test_a_batch_for_hccl_has_one_message_to_and_one_from_a_peer() -> None:
+    operations: Any = [
+        Message("send", 1, 0),
+        Message("send", 1, 1),
+        Message("receive", 1, 2),
+        Message("send", 2, 3),
+        Message("receive", 1, 4),
+        Message("send", 1, 5),
+    ]
+    batches: Any = transport.split_by_peer(operations)
+    # In each, a peer's n-th message in either direction: the peer puts it into its n-th as well.
+    assert [[m.number for m in batch] for batch in batches] == [[0, 2, 3], [1, 4], [5]]
+    assert transport.split_by_peer([]) == []
 
 
 def test_the_current_stream_waits_for_every_work_of_a_device_transfer(works: list[Late]) -> None:

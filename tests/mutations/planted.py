@@ -56,7 +56,7 @@ FAULTS = (
     _fault(
         "transfers-not-waited-for",
         "comm/transport.py",
-        "        if all(work.is_completed() for work in self._works):",
+        "        if all(completed):",
         "        if True:",
         "comm",
     ),

@@ -10,50 +10,11 @@ import torch
 import torch.distributed as dist
 from npu_sim import control
 from npu_sim.ranks import run_on_npus
-from support.few_kernels import (
-    HIDDEN,
-    ExternalExperts,
-    FewKernelExperts,
-    FewKernelModel,
-    SentinelExperts,
-)
+from support.few_kernels import HIDDEN, FewKernelModel
 from support.models import QUICK, skewed_batch
+from support.on_device import CLOSE, assert_same, make, serve
 
 import torch_eplb
-
-CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
-_MOST_STEPS = 400
-
-
-def make(experts: str, layers: int = 2) -> tuple[FewKernelModel, FewKernelModel]:
-    """A model on the device and the same on the CPU, that nobody wraps."""
-    kinds = {kind.__name__: kind for kind in (FewKernelExperts, SentinelExperts, ExternalExperts)}
-    torch_eplb.register_layer(SentinelExperts, skips_sentinel=True)
-    plain = FewKernelModel(FewKernelExperts, layers)
-    model = FewKernelModel(kinds[experts], layers)
-    model.load_state_dict(plain.state_dict())
-    return model.npu(), plain
-
-
-def serve(
-    balancer: torch_eplb.ExpertLoadBalancer, plain: FewKernelModel, rank: int, rebalances: int
-) -> None:
-    """Forwards, each compared, until so many rebalances were made."""
-    shared = balancer.eplb_config.dispatch == "all_reduce"
-    with torch.inference_mode():
-        for step in range(_MOST_STEPS):
-            x = skewed_batch(8, HIDDEN, 10 * step + (0 if shared else rank))
-            torch.testing.assert_close(balancer(x.npu()).cpu(), plain(x), **CLOSE)
-            if balancer.stats().rebalances >= rebalances:
-                return
-    raise AssertionError(f"{balancer.stats()}")
-
-
-def assert_whole(model: torch.nn.Module, plain: FewKernelModel) -> None:
-    for (name, tensor), expected in zip(
-        model.state_dict().items(), plain.state_dict().values(), strict=True
-    ):
-        assert torch.equal(tensor.cpu(), expected), name
 
 
 def lead_a_life(rank: int, world_size: int, experts: str, options: dict[str, Any]) -> None:
@@ -63,11 +24,12 @@ def lead_a_life(rank: int, world_size: int, experts: str, options: dict[str, Any
     balancer = torch_eplb.wrap(model, **{**QUICK, **options})
     serve(balancer, plain, rank, 1 if solves else 2)
     assert balancer.stats().bytes_received > 0
+    assert control.repeated_messages() == 0
     unwrapped = balancer.unwrap()
     if balancer.eplb_config.dispatch_kind.communicates:
         x = skewed_batch(8, HIDDEN, 1)
         torch.testing.assert_close(unwrapped(x.npu()).cpu(), plain(x), **CLOSE)
-    assert_whole(unwrapped, plain)
+    assert_same(unwrapped.state_dict(), plain)
 
 
 SOLVED = (("all_to_all", "local"), ("all_reduce", "batch"), ("external", "local"))
@@ -104,6 +66,8 @@ def test_four_ranks_move_experts_too() -> None:
         ({"verify": True, "overlap": False}, True),
         ({"verify": True, "staging_bytes": "64KiB", "layers_per_step": 2}, False),
         ({"overlap": False, "direct": False, "num_redundant_experts": 0}, False),
+        ({"transport": "gloo", "verify": True}, True),
+        ({"transport": "gloo", "overlap": False, "num_redundant_experts": 0}, True),
     ],
     ids=str,
 )
@@ -125,13 +89,6 @@ def save_and_load(rank: int, world_size: int, folder: str) -> None:
         serve(balancer, other, rank, 2)
         dist.checkpoint.load({"model": torch_eplb.ShardedState(balancer)}, checkpoint_id=folder)
         serve(balancer, plain, rank, 3)
-
-
-def assert_same(state: dict[str, torch.Tensor], plain: FewKernelModel) -> None:
-    expected = plain.state_dict()
-    assert list(state) == list(expected)
-    for name, value in expected.items():
-        assert torch.equal(state[name].cpu(), value), name
 
 
 def test_states_are_saved_and_loaded_whole(tmp_path) -> None:
@@ -191,7 +148,7 @@ def apart(rank: int, world_size: int) -> None:
     balancer = torch_eplb.wrap(model, mine, **QUICK, replica_choice="table")
     serve(balancer, plain, rank, 1 + rank % 2)
     balancer.unwrap()
-    assert_whole(model, plain)
+    assert_same(model.state_dict(), plain)
 
 
 def test_parts_of_the_world_are_balanced_apart() -> None:

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import torch_eplb
+from npu_sim import kernels
 from npu_sim.runtime import library
 
 __all__ = [
@@ -19,6 +22,7 @@ __all__ = [
     "communicators",
     "delay",
     "host_waits",
+    "operators",
     "repeated_messages",
     "report_lost_peers",
 ]
@@ -66,6 +70,23 @@ def _place() -> str:
         if path.is_relative_to(_PACKAGE):
             return f"{path.relative_to(_PACKAGE)}:{frame.name}"
     return "elsewhere"
+
+
+@contextmanager
+def operators() -> Iterator[list[tuple[str, torch.dtype]]]:
+    """What the device is given inside: each operator's name, and the dtype of its first tensor."""
+    found: list[tuple[str, torch.dtype]] = []
+
+    def note(name: str, arguments: list[Any]) -> None:
+        first = next((a for a in arguments if isinstance(a, torch.Tensor)), None)
+        if first is not None:
+            found.append((name, first.dtype))
+
+    kernels.observers.append(note)
+    try:
+        yield found
+    finally:
+        kernels.observers.remove(note)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import torch.utils._pytree as pytree
 
 from npu_sim.runtime import library
 
-__all__ = ["install"]
+__all__ = ["install", "observers"]
 
 # Left to torch_npu, which carries them out on the runtime: memory, copies, reading a value. So are
 # views, which touch no memory at all.
@@ -52,6 +52,9 @@ _Callback = ctypes.CFUNCTYPE(None, ctypes.c_long)
 _tasks: dict[int, tuple[str, _Task]] = {}  # with the operator's name
 _numbers = itertools.count()
 _library: torch.library.Library | None = None
+
+observers: list[Callable[[str, list[Any]], None]] = []
+"""Called with every operator's name and the leaves of its arguments, when the host asks for it."""
 
 
 def install() -> None:
@@ -104,6 +107,8 @@ def _register(operator: Any, function: Callable[..., Any], key: str) -> None:
 
 def _run_later(operator: Any, *args: Any, **kwargs: Any) -> Any:
     leaves, spec = pytree.tree_flatten((args, kwargs))
+    for observe in observers:
+        observe(operator._schema.name.removeprefix("aten::"), leaves)
     try:
         shapes, made_from = _infer(operator, leaves, spec)
     except Exception:

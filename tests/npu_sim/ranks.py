@@ -12,9 +12,10 @@ from __future__ import annotations
 import inspect
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from types import MappingProxyType
 from typing import Any
 
 from support import ranks
@@ -40,6 +41,7 @@ def run_on_npus(
     timeout: float = 90.0,
     group_timeout: float | None = None,
     may_die: tuple[int, ...] = (),
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Any]:
     """Call ``body(rank, world_size, *args)`` on every rank.
 
@@ -51,6 +53,7 @@ def run_on_npus(
             HcclBatchSendRecv.
         group_timeout: seconds after which the default group's watchdog ends the process; None is
             ``timeout``.
+        environment: variables that are set before the first process group is made.
 
     Returns:
         What each rank returned.
@@ -65,6 +68,7 @@ def run_on_npus(
             delays=delays,
             coalesced=coalesced,
             group_timeout=group_timeout or timeout,
+            environment=dict(environment),
         )
         return ranks.run_ranks(
             _on_npu, world_size, settings, args, timeout=timeout, backend="", may_die=may_die
@@ -79,10 +83,12 @@ class _Settings:
     delays: bool
     coalesced: bool
     group_timeout: float
+    environment: dict[str, str]
 
 
 def _on_npu(rank: int, world_size: int, settings: _Settings, args: tuple[Any, ...]) -> Any:
     """What each process does."""
+    os.environ.update(settings.environment)
     runtime.load()
     import torch
     import torch.distributed as dist

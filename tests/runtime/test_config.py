@@ -60,6 +60,16 @@ def test_a_rank_dependent_choice_is_refused_where_ranks_share_tokens() -> None:
         Config(dispatch="external", replica_choice="batch")
 
 
+def test_npus_choose_from_the_table_unless_they_are_told_otherwise() -> None:
+    for dispatch, elsewhere in (("external", "local"), ("all_reduce", "batch")):
+        config = Config(dispatch=dispatch)
+        assert config.on_device("npu").replica_choice == "table"
+        assert config.on_device("cuda").replica_choice == elsewhere
+        chosen = Config(dispatch=dispatch, replica_choice=elsewhere)
+        assert chosen.on_device("npu").replica_choice == elsewhere
+    assert Config().on_device("npu").replica_choice == "batch"  # solved on the host
+
+
 def test_the_default_replica_choice_follows_the_dispatch() -> None:
     assert Config().replica_choice == "batch"
     assert Config(dispatch="all_reduce").replica_choice == "batch"

@@ -48,6 +48,9 @@ class BatchWork:
     def is_completed(self) -> bool:
         return not self._thread.is_alive()
 
+    def exception(self) -> BaseException | None:
+        return None if self._thread.is_alive() else self._error
+
     def wait(self, timeout: timedelta | None = None) -> bool:
         self._thread.join(timeout.total_seconds() if timeout else None)
         if self._thread.is_alive():

@@ -35,6 +35,10 @@ from torch_eplb.values.errors import EPLBError, PeerLostError
 __all__ = ["Communicator", "all_gather_single", "backend_of", "device_of", "make_communicator"]
 
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+_WATCHED = ("nccl", "hccl")
+"""Backends that end the process when an operation takes longer than its group's time limit."""
+_WATCHDOG_PATIENCE = 10
+"""That limit, in ours: transfers are polled, and whoever is late is lost long before."""
 # torch 2.13 renamed it and warns about the old name, which is the only one before.
 all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
@@ -118,6 +122,8 @@ class Communicator:
         self.round_in_flight: Callable[[], int | None] = lambda: None
         self._owner = os.getpid()
         self._data: dist.ProcessGroup | None = None
+        self._data_backend = self.backend
+        self._abandoned = False
         self._open_control_plane()
 
     def _open_control_plane(self) -> None:
@@ -141,16 +147,21 @@ class Communicator:
         """The last loss of a peer that was met, in whatever operation."""
         return self._losses.failure
 
-    def open_data_plane(self, *, hccl_buffer_size: int, nccl_max_ctas: int) -> None:
+    def open_data_plane(
+        self, *, over_gloo: bool = False, hccl_buffer_size: int, nccl_max_ctas: int
+    ) -> None:
         """Make the group that moves weights, and warm it up. Collective.
 
         Args:
+            over_gloo: weights travel through the host's memory, whatever the device.
             hccl_buffer_size, nccl_max_ctas: see `transport.group_options`.
         """
+        if over_gloo and self.backend != "fake":
+            self._data_backend = "gloo"
         options = transport.group_options(
-            self.backend, hccl_buffer_size=hccl_buffer_size, nccl_max_ctas=nccl_max_ctas
+            self._data_backend, hccl_buffer_size=hccl_buffer_size, nccl_max_ctas=nccl_max_ctas
         )
-        self._data = self._make_group("data", self.backend, options)
+        self._data = self._make_group("data", self._data_backend, options)
         self._warm_up()
 
     @property
@@ -162,7 +173,10 @@ class Communicator:
 
     def _make_group(self, purpose: str, backend: str, options: Any) -> dist.ProcessGroup:
         name = f"{self._name}/{purpose}"
-        return groups.make_group(name, self.global_ranks, backend, options, self.timeout)
+        timeout = self.timeout
+        if backend in _WATCHED:
+            timeout *= _WATCHDOG_PATIENCE
+        return groups.make_group(name, self.global_ranks, backend, options, timeout)
 
     def _warm_up(self) -> None:
         """Exchange one byte with every peer, so that connections and buffers exist from now on."""
@@ -195,7 +209,7 @@ class Communicator:
 
     def post(self, operations: Sequence[dist.P2POp], what: str) -> transport.Transfer:
         """Carry out a batch of operations on the data plane; ``what`` names it in messages."""
-        return transport.post(self.backend, operations, self.timeout, what)
+        return transport.post(self._data_backend, operations, self.timeout, what)
 
     # ---- moving tokens ------------------------------------------------------------------------
 
@@ -285,10 +299,19 @@ class Communicator:
                 "call unwrap() first to hand the plain model to forked processes"
             )
 
+    def abandon_data_plane(self) -> None:
+        """After a loss: end what the device still waits for. No weights travel from now on."""
+        if self._data is not None and self._data_backend in _WATCHED and not self._abandoned:
+            self._abandoned = True
+            with contextlib.suppress(RuntimeError):  # the user may have destroyed all groups
+                groups.abort_group(self._data, self.device)
+
     def close(self) -> None:
         """Give both groups back. Never raises: a group whose peer is gone may not close cleanly."""
         if self.forked:
             return  # they are the parent's, and destroying them would wait for its threads
+        if self.failure is not None:
+            self.abandon_data_plane()  # or its end would wait for what the device waits for
         for group in (self.control, self._data):
             # The default group may be gone already (destroyed by the user): then so are these.
             with contextlib.suppress(RuntimeError, ValueError, AssertionError):

@@ -18,12 +18,13 @@ from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from torch_eplb.values.errors import PeerLostError
 
-__all__ = ["default_store", "make_group", "settle_name"]
+__all__ = ["abort_group", "default_store", "make_group", "settle_name"]
 
 _POLL_SECONDS = 0.005
 # torch 2.6 to 2.15 call it one or the other.
@@ -126,6 +127,18 @@ def make_group(
         )
     c10d._world.pg_group_ranks[group] = {member: index for index, member in enumerate(ranks)}
     return group
+
+
+def abort_group(group: dist.ProcessGroup, device: torch.device) -> None:
+    """End what an accelerator's group is doing: streams that wait for a lost peer go on.
+
+    Otherwise the backend's watchdog ends the process when the group's own time limit is over.
+    """
+    backend: Any = group._get_backend(device)
+    if hasattr(backend, "abort_hccl_comm"):
+        backend.abort_hccl_comm("a peer was lost")
+    else:
+        backend.abort()
 
 
 @contextlib.contextmanager

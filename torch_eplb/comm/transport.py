@@ -8,7 +8,8 @@ whether it is complete, `wait` waits for it, and `synchronize` orders the curren
   milliseconds for an expert. After `start` a thread does it (the GIL is released meanwhile);
   without it, `wait`.
 * `DeviceTransfer`: an accelerator's backend is given its work at once, on the current stream, and
-  is asked.
+  is asked. `HcclTransfer` gives it in several batches.
+* `StagedTransfer`: weights of an accelerator that travel over gloo, through memory of the host.
 * `FakeTransfer`: torch's ``fake`` backend, which moves nothing and is done at once.
 """
 
@@ -18,6 +19,7 @@ import _thread
 import contextlib
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -27,7 +29,17 @@ import torch.distributed as dist
 
 from torch_eplb.values.errors import EPLBError
 
-__all__ = ["DeviceTransfer", "FakeTransfer", "GlooTransfer", "Transfer", "group_options", "post"]
+__all__ = [
+    "DeviceTransfer",
+    "FakeTransfer",
+    "GlooTransfer",
+    "HcclTransfer",
+    "StagedTransfer",
+    "Transfer",
+    "group_options",
+    "post",
+    "split_by_peer",
+]
 
 
 class Transfer:
@@ -85,12 +97,22 @@ class DeviceTransfer(Transfer):
 
     def __init__(self, operations: Sequence[dist.P2POp], timeout: float, what: str) -> None:
         super().__init__(operations, timeout, what)
-        # One Work may stand for the whole batch (torch-npu), and None for one that is done.
-        works = dist.batch_isend_irecv(self._operations) if self._operations else []
+        # One Work may stand for a whole batch (torch-npu), and None for one that is done.
+        works = [work for batch in self._batches() for work in dist.batch_isend_irecv(batch)]
         self._works = [work for work in works if work is not None]
 
+    def _batches(self) -> list[list[dist.P2POp]]:
+        """The operations, in the batches in which the backend gets them."""
+        return [self._operations] if self._operations else []
+
     def finished(self) -> bool:
-        if all(work.is_completed() for work in self._works):
+        # Backends look for errors when they are asked for completion, and count what has failed as
+        # complete.
+        completed = [work.is_completed() for work in self._works]
+        for work, over in zip(self._works, completed, strict=True):
+            if over and (error := work.exception()) is not None:
+                raise RuntimeError(f"{self._what} failed: {error!r}")
+        if all(completed):
             return True
         if time.monotonic() > self._deadline:
             raise self._overdue()
@@ -99,6 +121,33 @@ class DeviceTransfer(Transfer):
     def synchronize(self) -> None:
         for work in self._works:
             work.wait()
+
+
+class HcclTransfer(DeviceTransfer):
+    """In batches with one message to and one from each peer at most.
+
+    Below CANN 9 torch-npu gives a batch to HcclBatchSendRecv, whose contract allows no more.
+    """
+
+    def _batches(self) -> list[list[dist.P2POp]]:
+        return split_by_peer(self._operations)
+
+
+def split_by_peer(operations: Sequence[dist.P2POp]) -> list[list[dist.P2POp]]:
+    """Batches of which the n-th has every peer's n-th message in either direction.
+
+    Both sides of a pair list their messages in the same order, so they put each into the same
+    batch, and no batch waits for a later one.
+    """
+    batches: list[list[dist.P2POp]] = []
+    seen: Counter[tuple[Any, int]] = Counter()
+    for operation in operations:
+        key = (operation.op, operation.peer)
+        if seen[key] == len(batches):
+            batches.append([])
+        batches[seen[key]].append(operation)
+        seen[key] += 1
+    return batches
 
 
 class GlooTransfer(Transfer):
@@ -152,12 +201,79 @@ class GlooTransfer(Transfer):
             self._ended.set()
 
 
-_TRANSFERS: dict[str, type[Transfer]] = {"gloo": GlooTransfer, "fake": FakeTransfer}
+class StagedTransfer(Transfer):
+    """Weights of an accelerator over gloo, through pinned memory of the host.
+
+    On the stream that is current when it is made: copies to the host, which take their turn there;
+    once they are done, gloo's operations; then copies from the host. The host's memory is as
+    much as the operations' tensors.
+    """
+
+    def __init__(self, operations: Sequence[dist.P2POp], timeout: float, what: str) -> None:
+        super().__init__(operations, timeout, what)
+        device = self._operations[0].tensor.device
+        self._module = torch.get_device_module(device)
+        self._stream = self._module.current_stream(device)
+        # Another order of what is posted on both sides of a pair would be another match.
+        self._on_host = [
+            dist.P2POp(o.op, _pinned_like(o.tensor), o.peer, o.group) for o in self._operations
+        ]
+        for here, there in zip(self._on_host, self._operations, strict=True):
+            if there.op is dist.isend:
+                here.tensor.copy_(there.tensor, non_blocking=True)
+        self._sent = self._record()
+        self._inner: GlooTransfer | None = None
+        self._landed: torch.Event | None = None
+
+    def _record(self) -> torch.Event:
+        event = torch.Event(self._stream.device)
+        event.record(self._stream)
+        return event
+
+    def start(self) -> None:
+        if self._inner is None and self._sent.query():
+            left = max(self._deadline - time.monotonic(), 0.001)
+            self._inner = GlooTransfer(self._on_host, left, self._what)
+            self._inner.start()
+
+    def finished(self) -> bool:
+        self.start()
+        if self._inner is not None and self._landed is None and self._inner.finished():
+            self._land()
+        if self._landed is not None and self._landed.query():
+            return True
+        if time.monotonic() > self._deadline:
+            raise self._overdue()
+        return False
+
+    def _land(self) -> None:
+        """Copy what was received to where it belongs."""
+        with self._module.stream(self._stream), torch.inference_mode():
+            for here, there in zip(self._on_host, self._operations, strict=True):
+                if there.op is dist.irecv:
+                    there.tensor.copy_(here.tensor, non_blocking=True)
+            self._landed = self._record()
+
+    def synchronize(self) -> None:
+        if self._landed is not None:
+            self._module.current_stream(self._stream.device).wait_event(self._landed)
+
+
+def _pinned_like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
 
 
 def post(backend: str, operations: Sequence[dist.P2POp], timeout: float, what: str) -> Transfer:
     """A batch of operations on a group of ``backend``."""
-    return _TRANSFERS.get(backend, DeviceTransfer)(operations, timeout, what)
+    kind: type[Transfer] = DeviceTransfer
+    if backend == "fake":
+        kind = FakeTransfer
+    elif backend == "hccl":
+        kind = HcclTransfer
+    elif backend == "gloo":
+        on_host = all(operation.tensor.device.type == "cpu" for operation in operations)
+        kind = GlooTransfer if on_host else StagedTransfer
+    return kind(operations, timeout, what)
 
 
 def group_options(backend: str, *, hccl_buffer_size: int, nccl_max_ctas: int) -> Any:

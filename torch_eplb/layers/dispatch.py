@@ -41,10 +41,12 @@ from torch_eplb.routing import (
     choose_from_table,
     choose_locally,
     count_hits,
+    divide,
     logical_ids,
     narrow,
     order_by_id,
     plan_dispatch,
+    to_device,
 )
 from torch_eplb.values.choices import DispatchKind, DispatchName
 from torch_eplb.values.errors import EPLBError
@@ -180,7 +182,7 @@ class Dispatch(BoundToRanks):
                 tables.num_slots,
                 tables.solver_LEM[self.index],
             )
-        ranks_TK = physical_TK // tables.num_slots
+        ranks_TK = divide(physical_TK, tables.num_slots)
         if counted_T is None:
             self._count(hits_E, count_hits(ranks_TK, num_ranks))
         else:
@@ -237,11 +239,11 @@ class AllToAll(Dispatch):
             slots = torch.arange(self.context.tables.num_slots, device=ids_TK.device)
             local_ids = torch.repeat_interleave(
                 slots.repeat(self.context.comm.num_ranks),
-                receive_RS.reshape(-1).to(ids_TK.device, non_blocking=True),
+                to_device(receive_RS.reshape(-1), ids_TK.device),
                 output_size=num_received,
             )
         shape = self._hidden_states(args, kwargs).shape
-        rows = hidden_TH.index_select(0, order_N // ids_TK.shape[1])
+        rows = hidden_TH.index_select(0, divide(order_N, ids_TK.shape[1]))
         rows = exchange_rows(rows, sizes[0], sizes[1], self.context.comm)
         ones = weights_TK.new_ones(num_received, 1)
         local_ids = narrow(local_ids, router_ids.dtype, self.context.tables.num_slots)
@@ -272,7 +274,7 @@ class AllToAll(Dispatch):
                 tables.num_slots,
                 tables.topology.ranks_per_node,
             )
-            sent_R = send_RS.sum(1).to(ids_TK.device)
+            sent_R = to_device(send_RS.sum(1), ids_TK.device)
             if counted_T is None:
                 self._count(hits_E, sent_R)
             else:
@@ -417,7 +419,7 @@ class CompactAllReduce(AllReduce):
         counted_T = self._tokens(len(ids_TK), args, kwargs)
         local_N = (self._choose(ids_TK, counted_T) - comm.rank * num_slots).view(-1)
         chosen = ((local_N >= 0) & (local_N < num_slots)).nonzero().view(-1)
-        tokens = chosen // ids_TK.shape[1]
+        tokens = divide(chosen, ids_TK.shape[1])
         rows = share_input(hidden_TH, comm).index_select(0, tokens)
         weights = share_input(weights_TK, comm).reshape(-1)[chosen].view(-1, 1)
         local_ids = narrow(local_N[chosen].view(-1, 1), router_ids.dtype, num_slots)

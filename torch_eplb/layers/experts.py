@@ -16,6 +16,9 @@ from torch import nn
 
 from torch_eplb.layers.spec import BoundArguments, LayerSpec, find_spec
 
+_NPU_PLAIN_FORMATS = (-1, 0, 1, 2, 27, 30)
+"""ND and its names for images: elements lie in memory as their strides say."""
+
 __all__ = ["ExpertLayer", "byte_view", "common_owner", "find_layers"]
 
 
@@ -185,8 +188,25 @@ def _expert_tensor_names(layer: ExpertLayer) -> list[str]:
                 "tensors (convert a DTensor with .to_local(), unpack a quantised subclass)"
             )
         if not tensor.is_meta:
+            _refuse_tiles(f"layer {where}: {name}", tensor)
             byte_view(tensor[0])
     return names
+
+
+def _refuse_tiles(what: str, tensor: torch.Tensor) -> None:
+    """NPUs may hold matrices in tiles, all of them together: then no slot is a piece of memory."""
+    if tensor.device.type != "npu":
+        return
+    import torch_npu
+
+    number = int(torch_npu.get_npu_format(tensor))
+    if number not in _NPU_PLAIN_FORMATS:
+        raise ValueError(
+            f"{what} is in the NPU's storage format {torch_npu.Format(number).name} ({number}), "
+            "whose experts cannot be moved byte by byte. Cast it before wrapping with "
+            "torch_npu.npu_format_cast(tensor, torch_npu.Format.ND), and let nothing cast it back "
+            "(vLLM-Ascend does unless VLLM_ASCEND_ENABLE_NZ=0)"
+        )
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -12,6 +12,7 @@ from torch_eplb.routing.choose import (
     count_hits,
     order_by_id,
 )
+from torch_eplb.routing.device import divide, to_device
 from torch_eplb.routing.ids import PADDING, logical_ids, narrow, zero_compute
 from torch_eplb.routing.intervals import (
     DispatchPlan,
@@ -33,11 +34,13 @@ __all__ = [
     "choose_from_table",
     "choose_locally",
     "count_hits",
+    "divide",
     "interval_counts",
     "logical_ids",
     "narrow",
     "order_by_id",
     "plan_dispatch",
     "solve_quotas",
+    "to_device",
     "zero_compute",
 ]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torch_eplb.routing.device import count_dtype, sort_key
 from torch_eplb.routing.host import on_host, stable_order
 
 __all__ = ["choose_by_quota", "choose_from_table", "count_hits", "order_by_id"]
@@ -35,8 +36,10 @@ def count_hits(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
     if on_host(ids_N):
         return torch.from_numpy(np.bincount(ids_N.numpy(), minlength=num_experts)[:num_experts])
     # Not torch.bincount: on CUDA it reads the largest id back to size its result.
-    hits = ids_N.new_zeros(num_experts + 1).scatter_add_(0, ids_N, torch.ones_like(ids_N))
-    return hits[:num_experts]
+    dtype = count_dtype(ids_N)
+    hits = ids_N.new_zeros(num_experts + 1, dtype=dtype)
+    hits.scatter_add_(0, ids_N, torch.ones_like(ids_N, dtype=dtype))
+    return hits[:num_experts].long()
 
 
 def choose_from_table(topk_ids_TK: Tensor, choice_EP: Tensor) -> Tensor:
@@ -61,8 +64,9 @@ def choose_from_table(topk_ids_TK: Tensor, choice_EP: Tensor) -> Tensor:
         turns = np.arange(topk_ids_TK.shape[0]) % length
         index = topk_ids_TK.numpy() * length + turns[:, None]
         return torch.from_numpy(choice_EP.numpy().reshape(-1).take(index))
-    turn_T = torch.arange(topk_ids_TK.shape[0], device=topk_ids_TK.device) % length
-    index_TK = torch.add(turn_T.unsqueeze(1), topk_ids_TK, alpha=length)
+    dtype, device = count_dtype(topk_ids_TK), topk_ids_TK.device
+    turn_T = torch.arange(topk_ids_TK.shape[0], dtype=dtype, device=device) % length
+    index_TK = torch.add(turn_T.unsqueeze(1), topk_ids_TK.to(dtype), alpha=length).long()
     return choice_EP.view(-1).gather(0, index_TK.view(-1)).view(topk_ids_TK.shape)
 
 
@@ -134,7 +138,7 @@ def order_by_id(ids_N: Tensor) -> Tensor:
     """
     if on_host(ids_N):
         return torch.from_numpy(stable_order(ids_N.numpy()))
-    return torch.sort(ids_N, stable=True).indices
+    return torch.sort(sort_key(ids_N), stable=True).indices
 
 
 def _own_quotas(quotas_EM: Tensor, offset_E: Tensor, counts_E: Tensor) -> Tensor:

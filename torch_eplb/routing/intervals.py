@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torch_eplb.routing.choose import choose_by_quota, order_by_id
+from torch_eplb.routing.device import to_device
 from torch_eplb.routing.quotas import solve_quotas, solve_quotas_host
 
 __all__ = ["DispatchPlan", "choose_locally", "interval_counts", "plan_dispatch"]
@@ -123,7 +124,7 @@ def plan_dispatch(
     sent, shift, received = _sizes(counts, quotas, source, slots, slots_per_rank, groups)
     ids_N = topk_ids_TK.reshape(-1).long()
     # Rows sorted by expert hold what goes to one slot in one piece: the shift says where.
-    pieces = torch.from_numpy(np.stack((shift, sent))).to(ids_N.device, non_blocking=True)
+    pieces = to_device(torch.from_numpy(np.stack((shift, sent))), ids_N.device)
     num_sent = int(sent.sum())
     begin_N = torch.repeat_interleave(pieces[0], pieces[1], output_size=num_sent)
     begin_N += torch.arange(num_sent, device=ids_N.device)

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from torch_eplb.routing.device import count_dtype
+
 __all__ = ["MAX_SAMPLES", "LoadCounters", "SampleWindow"]
 
 MAX_SAMPLES = 32
@@ -52,8 +54,15 @@ class LoadCounters:
             experts, ranks = row[: self.num_experts], row[self.num_experts :]
         else:
             experts, ranks = self._experts[layer], self._ranks[layer]
-        experts.addcmul_(hits_E, self.recording)
-        ranks.addcmul_(sent_R, self.recording)
+        self._add(experts, hits_E)
+        self._add(ranks, sent_R)
+
+    def _add(self, counters: torch.Tensor, counts: torch.Tensor) -> None:
+        dtype = count_dtype(counters)
+        if dtype == counters.dtype:
+            counters.addcmul_(counts, self.recording)
+        else:
+            counters.add_(counts.to(dtype) * self.recording.to(dtype))
 
     def set_recording(self, recording: bool) -> None:
         """Whether the coming step is recorded."""

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from torch_eplb.routing.device import to_device
 from torch_eplb.values.choices import REPLICA_CHOICES
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Topology
@@ -182,7 +183,8 @@ class RoutingTables:
     @staticmethod
     def _write(table: Tensor, index: Tensor, rows: NDArray[np.int64]) -> None:
         # index_copy_ keeps the tensor's identity and writes all layers in one copy.
-        table.index_copy_(0, index.to(table.device), torch.from_numpy(rows).to(table.device))
+        device = table.device
+        table.index_copy_(0, to_device(index, device), to_device(torch.from_numpy(rows), device))
 
     def _live_slots(
         self, placement: Placement, live: NDArray[np.bool_] | None, layers: list[int]

@@ -14,11 +14,13 @@ from torch_eplb.values.choices import (
     DISPATCHES,
     PHASES,
     REPLICA_CHOICES,
+    TRANSPORTS,
     DispatchKind,
     DispatchName,
     PhaseName,
     PolicyName,
     ReplicaChoice,
+    TransportName,
 )
 from torch_eplb.values.sizes import parse_bytes
 
@@ -45,7 +47,8 @@ class Config:
     replica_choice: ReplicaChoice | None = None
     """Which replica a token goes to. "batch": the split is solved for every batch and layer on
     global counts. "local": each rank solves it for its own tokens. "table": the planner's shares.
-    "even": replicas in turn. None: "local" for dispatch="external", else "batch"."""
+    "even": replicas in turn. None: "local" for dispatch="external", else "batch"; on NPUs "table"
+    for both dispatches that would solve on the device, "external" and "all_reduce"."""
 
     policy: PolicyName | Callable[..., Any] = "flow"
     """How placements are planned: "flow", "deepseek", "swift", "flashlb", "random", "static", or a
@@ -115,6 +118,11 @@ class Config:
     timeout: float = 60.0
     """Seconds after which a silent peer counts as lost and a silent planner is restarted."""
 
+    transport: TransportName = "device"
+    """What carries weights: "device" is the backend of the experts' device (HCCL, NCCL, gloo).
+    "gloo" takes them through pinned host memory, where operations of a second communicator beside
+    the model's are known to hang."""
+
     hccl_buffer_size: int = 16
     """MiB of each of the two buffers of the HCCL communicator that moves weights (Ascend)."""
 
@@ -143,6 +151,7 @@ class Config:
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         self._check_choice("dispatch", DISPATCHES)
         self._check_choice("phase", PHASES)
+        self._check_choice("transport", TRANSPORTS)
         self._check_replica_choice()
         self._check_policy()
         Knobs.of(min_gain=self.min_gain, target_par=self.target_par, max_moves=self.max_moves)
@@ -180,8 +189,21 @@ class Config:
         """What ``dispatch`` means."""
         return DISPATCHES[self.dispatch]
 
+    @property
+    def takes_default_choice(self) -> bool:
+        """Whether no ``replica_choice`` was asked for."""
+        return not self.__dict__["_chosen"]
+
+    def on_device(self, kind: str) -> Config:
+        """The same on devices of this type, where another replica choice may be the default."""
+        default = self.dispatch_kind.default_on_device.get(kind)
+        if default is None or not self.takes_default_choice:
+            return self
+        return dataclasses.replace(self, replica_choice=default)
+
     def _check_replica_choice(self) -> None:
         kind = self.dispatch_kind
+        object.__setattr__(self, "_chosen", self.replica_choice is not None)
         if self.replica_choice is None:
             object.__setattr__(self, "replica_choice", kind.default_choice)
         self._check_choice("replica_choice", REPLICA_CHOICES)

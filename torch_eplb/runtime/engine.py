@@ -228,6 +228,7 @@ class Engine(BoundToRanks):
             self._life, self._reason = Life.FAILED, str(error)
             self.position.counts = False  # nobody waits for a step of this rank any more
             logger.error("rank %d: balancing ends: %s", self.comm.rank, self._reason)
+            self.comm.abandon_data_plane()
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:

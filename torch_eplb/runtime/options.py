@@ -6,7 +6,13 @@ import os
 from collections.abc import Callable
 from typing import Any, TypedDict
 
-from torch_eplb.values.choices import DispatchName, PhaseName, PolicyName, ReplicaChoice
+from torch_eplb.values.choices import (
+    DispatchName,
+    PhaseName,
+    PolicyName,
+    ReplicaChoice,
+    TransportName,
+)
 
 __all__ = ["Options"]
 
@@ -38,5 +44,6 @@ class Options(TypedDict, total=False):
     num_expert_groups: int
     allow_training_with_moves: bool
     timeout: float
+    transport: TransportName
     hccl_buffer_size: int
     nccl_max_ctas: int

@@ -93,6 +93,7 @@ def prepare(
         agree(comm, _describe(model, inspected) if inspected else None, error)
         assert inspected is not None
         comm.open_data_plane(
+            over_gloo=inspected.config.transport == "gloo",
             hccl_buffer_size=inspected.config.hccl_buffer_size,
             nccl_max_ctas=inspected.config.nccl_max_ctas,
         )
@@ -151,6 +152,8 @@ def _config(given: Config | None, kwargs: Mapping[str, Any]) -> Config:
     if given is None:
         return Config(**kwargs)
     changes = dict(kwargs)
+    if given.takes_default_choice:
+        changes.setdefault("replica_choice", None)
     if given.replica_choice == given.dispatch_kind.default_choice and "dispatch" in changes:
         changes.setdefault("replica_choice", None)  # it follows the dispatch, unless it is chosen
     return dataclasses.replace(given, **changes)
@@ -172,6 +175,10 @@ def _inspect(
     num_slots = _num_slots(experts, config.num_redundant_experts, num_ranks)
     already_sharded = _check_shards(layers, num_slots, config.dispatch_kind)
     device = layers[0].tensors()[0].device
+    _check_current(device)
+    # A model on the meta device will be loaded onto the device that the group serves.
+    home = device_of(group) if device.type == "meta" else device
+    config = config.on_device(home.type)
     for layer in layers:
         if layer.spec.expert_weights is None and config.dispatch_kind.communicates:
             raise ValueError(
@@ -187,13 +194,25 @@ def _inspect(
     return _Inspected(
         config=config,
         layers=layers,
-        # A model on the meta device will be loaded onto the device that the group serves.
-        device=device_of(group) if device.type == "meta" else device,
+        device=home,
         placement=_initial_placement(config, len(layers), experts, num_ranks, num_slots),
         topology=_topology(config, experts, num_ranks),
         staging_bytes=_staging_bytes(config, layers),
         already_sharded=already_sharded,
     )
+
+
+def _check_current(device: torch.device) -> None:
+    """Streams, events and communicators are those of the current device."""
+    if device.type in ("cpu", "meta"):
+        return
+    current = torch.get_device_module(device).current_device()
+    if device.index != current:
+        raise ValueError(
+            f"the experts are on {device}, but this process's current device is "
+            f"{device.type}:{current}: call torch.{device.type}.set_device({device.index}) before "
+            "torch_eplb.wrap, best before torch.distributed.init_process_group"
+        )
 
 
 def planner_settings(setup: Setup) -> PlannerSettings:

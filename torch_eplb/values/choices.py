@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
 __all__ = [
     "DISPATCHES",
     "PHASES",
     "REPLICA_CHOICES",
+    "TRANSPORTS",
     "DispatchKind",
     "DispatchName",
     "PhaseName",
     "PolicyName",
     "ReplicaChoice",
+    "TransportName",
 ]
 
 DispatchName: TypeAlias = Literal["all_to_all", "all_reduce", "external"]
@@ -26,11 +28,15 @@ ReplicaChoice: TypeAlias = Literal["batch", "local", "table", "even"]
 PhaseName: TypeAlias = Literal["all", "prefill", "decode"]
 """Which steps are recorded."""
 
+TransportName: TypeAlias = Literal["device", "gloo"]
+"""What carries experts' weights; see `torch_eplb.Config`."""
+
 PolicyName: TypeAlias = Literal["flow", "deepseek", "swift", "flashlb", "random", "static"]
 """How placements are planned."""
 
 REPLICA_CHOICES: tuple[ReplicaChoice, ...] = get_args(ReplicaChoice)
 PHASES: tuple[PhaseName, ...] = get_args(PhaseName)
+TRANSPORTS: tuple[TransportName, ...] = get_args(TransportName)
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class DispatchKind:
         communicates: it brings the tokens to the experts itself. Otherwise the layer does, expert
             tensors may be sharded already, and forward needs no weights.
         default_choice: the replica choice where none is asked for.
+        default_on_device: the same for types of devices where it is another.
         refused: replica choices that cannot be right with it, and why.
     """
 
@@ -52,7 +59,11 @@ class DispatchKind:
     communicates: bool
     default_choice: ReplicaChoice
     refused: Mapping[str, str]
+    default_on_device: Mapping[str, ReplicaChoice] = field(default_factory=dict)
 
+
+# Solving on Ascend takes tens of milliseconds: its cores lack what 64-bit integers need.
+_NO_SOLVER: Mapping[str, ReplicaChoice] = {"npu": "table"}
 
 DISPATCHES: dict[str, DispatchKind] = {
     kind.name: kind
@@ -69,6 +80,7 @@ DISPATCHES: dict[str, DispatchKind] = {
             shares_tokens=True,
             communicates=True,
             default_choice="batch",
+            default_on_device=_NO_SOLVER,
             refused={
                 "local": (
                     "would let ranks choose different replicas of one token, which counts it "
@@ -81,6 +93,7 @@ DISPATCHES: dict[str, DispatchKind] = {
             shares_tokens=False,
             communicates=False,
             default_choice="local",
+            default_on_device=_NO_SOLVER,
             refused={
                 "batch": (
                     "needs the counts of all ranks, which a layer that dispatches by itself does "
