@@ -411,8 +411,8 @@ class RebalanceCycle:
         """Every rank has finished the round: commit it, or, where one doubts it, drop it."""
         migration = self._migration
         self._enter(Stage.MIGRATE)
-        if fault:
-            self._abandon()
+        if fault or migration.replaced:
+            self._abandon("failed its checksums" if fault else "met experts that were cast")
             if not migration.must_repair:
                 self._begin()
             return
@@ -420,17 +420,16 @@ class RebalanceCycle:
         if migration.done or self._draining:
             self._end()
 
-    def _abandon(self) -> None:
-        """Some rank received what its peer did not send."""
+    def _abandon(self, why: str) -> None:
+        """Some rank received what its peer did not send, or all of them where nobody looks now."""
         migration = self._migration
-        if migration.repairing:
+        if migration.repairing and not migration.replaced:
             migration.give_up()
             self._give_up("received experts failed their checksums twice in a row")
             return
         self.abandoned += 1
         logger.warning(
-            "round %d failed its checksums; the rebalance is abandoned, serving goes on",
-            migration.round,
+            "round %d %s; the rebalance is abandoned, serving goes on", migration.round, why
         )
         migration.abandon()
         self._fault, self._progress = _OK, _ROUNDS + migration.round
