@@ -170,6 +170,28 @@ FAULTS = (
         "        else:",
         "distributed/test_counting.py",
     ),
+    _fault(
+        "graphs-copies-not-told",
+        "runtime/clock.py",
+        "        if passed.data_ptr() != own.data_ptr():",
+        "        if False:",
+        "test_compile.py",
+    ),
+    _fault(
+        "not-all-that-is-written-declared",
+        "runtime/engine.py",
+        "        self.written = [*self._tables.tensors(), *self._counters.tensors()]",
+        "        self.written = self._counters.tensors()",
+        "test_compile.py",
+    ),
+    _fault(
+        "old-compiled-code-kept",
+        "runtime/engine.py",
+        "            clocked.register_forward_hook(self._after_forward),\n        ]\n"
+        "        forget_compiled()\n",
+        "            clocked.register_forward_hook(self._after_forward),\n        ]\n",
+        "test_compile.py",
+    ),
     # ---- layers -------------------------------------------------------------------------------
     _fault(
         "positions-not-compared",
@@ -253,8 +275,8 @@ FAULTS = (
     _fault(
         "counts-when-not-recording",
         "routing/load.py",
-        "        self._experts[layer].addcmul_(hits_E, self.recording)",
-        "        self._experts[layer].add_(hits_E)",
+        "        experts.addcmul_(hits_E, self.recording)",
+        "        experts.add_(hits_E)",
         "distributed/test_wrap.py",
     ),
     _fault(
