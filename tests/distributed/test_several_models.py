@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from support.models import QUICK, ToyModel, skewed_batch
-from support.ranks import run_ranks
+from support.ranks import preload, run_ranks
 
 import torch_eplb
+
+preload("transformers.models.qwen3_moe.modeling_qwen3_moe")
 
 
 def draft_and_target(experts: int = 8, **options: Any) -> tuple[list[Any], list[Any]]:

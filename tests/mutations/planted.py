@@ -123,15 +123,14 @@ FAULTS = (
         "runtime/cycle.py",
         "        if least != -minus_most:",
         "        if False:",
-        "distributed/test_slow_ranks.py",
-        "faults/test_exceptions.py",
+        "runtime/test_cycle.py",
     ),
     _fault(
         "a-doubted-round-is-committed",
         "runtime/cycle.py",
         "        if fault:\n            self._abandon()",
         "        if False:\n            self._abandon()",
-        "distributed/test_migration.py",
+        "faults/test_balancing_goes_wrong.py",
     ),
     _fault(
         "a-round-is-committed-when-one-rank-has-it",
@@ -147,17 +146,7 @@ FAULTS = (
         "        if self._position.step < self._window_end + self._config.plan_interval:\n"
         "            return\n",
         "",
-        "runtime",
-        "distributed/test_slow_ranks.py",
-        "distributed/test_wrap.py",
-    ),
-    _fault(
-        "plans-from-another-placement",
-        "runtime/cycle.py",
-        "if self._reply.schedule.start != self._migration.placement:",
-        "if False:",
-        "faults/test_wrong_plans.py",
-        "faults/test_balancing_goes_wrong.py",
+        "runtime/test_cycle.py",
     ),
     _fault(
         "shared-tokens-counted-by-every-rank",
@@ -165,8 +154,7 @@ FAULTS = (
         "        if self._config.dispatch_kind.shares_tokens:\n"
         "            # Every rank counted the same tokens.",
         "        if False:\n            # Every rank counted the same tokens.",
-        "runtime",
-        "distributed/test_exporting.py",
+        "distributed/test_counting.py",
     ),
     _fault(
         "repair-forgotten-when-draining",
@@ -195,7 +183,7 @@ FAULTS = (
         "layers/dispatch.py",
         "                tables.topology.ranks_per_node,",
         "                comm.num_ranks,",
-        "distributed/test_dispatch.py",
+        "distributed/test_nodes.py",
     ),
     _fault(
         "recomputations-counted",

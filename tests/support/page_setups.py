@@ -37,14 +37,27 @@ PRELUDES = {"hccl": "from support import hccl\n\nhccl.install()\n"}
 """What programs begin with, where a device's libraries are not there."""
 
 
-def run_block(
-    rank: int, world_size: int, code: str, page: str, line: int, setup: str, folder: str
+def run_blocks(
+    rank: int,
+    world_size: int,
+    blocks: list[tuple[str, str, int]],
+    setup: str,
+    folder: str,
+    environment: dict[str, str] | None = None,
 ) -> None:
-    """Run a block as one rank; tracebacks name the page and its lines."""
+    """Run blocks (code, page, line) one after the other, as one rank, in one setup.
+
+    Tracebacks name the page and its lines. With an ``environment``, which names the port of a
+    store, they run as programs that a launcher has started.
+    """
     os.chdir(folder)
-    padded = "\n" * (line - 1) + code
+    if environment is not None:
+        launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+        os.environ.update({name: str(number) for name, number in launched.items()} | environment)
     with SETUPS[setup](rank, world_size) as names:
-        exec(compile(padded, str(ROOT / page), "exec", dont_inherit=True), names)
+        for code, page, line in blocks:
+            padded = "\n" * (line - 1) + code
+            exec(compile(padded, str(ROOT / page), "exec", dont_inherit=True), names)
 
 
 def serve(balancer: nn.Module, reference: nn.Module, rank: int, rebalances: int) -> None:
