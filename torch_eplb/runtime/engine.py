@@ -296,7 +296,7 @@ class Engine(BoundToRanks):
 
         Raises:
             PeerLostError: a rank died or was silent for ``timeout`` seconds.
-            EPLBError: ranks have made different numbers of forwards.
+            EPLBError: ranks have made different numbers of forwards, or are in different models.
         """
         if _capturing(self.comm.device):
             return
@@ -304,10 +304,18 @@ class Engine(BoundToRanks):
         self.position.begin(is_forward)
         self.guards.check_one()
         self.catch_up()
+        if self._life is Life.BALANCING and not self.config.overlap:
+            self._call_roster()
         if self.agrees:
             self._pass_boundary()
         self.position.progress = Progress.IDLE
         self._tell_hooks()
+
+    def _call_roster(self) -> None:
+        """Before a boundary that may wait for transfers: where several models are wrapped, make
+        sure that all ranks are in this one, or they would be waited for until the time limit."""
+        if self.position.progress is not Progress.BETWEEN_LAYERS:  # then it waits for nothing
+            self._roster.call(self.position.at(len(self.layers)))
 
     def idle_step(self) -> None:
         """Make a forward without tokens, for other ranks that have some.
