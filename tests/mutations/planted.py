@@ -178,13 +178,6 @@ FAULTS = (
         "test_compile.py",
     ),
     _fault(
-        "not-all-that-is-written-declared",
-        "runtime/engine.py",
-        "        self.written = [*self._tables.tensors(), *self._counters.tensors()]",
-        "        self.written = self._counters.tensors()",
-        "test_compile.py",
-    ),
-    _fault(
         "old-compiled-code-kept",
         "runtime/engine.py",
         "            clocked.register_forward_hook(self._after_forward),\n        ]\n"
