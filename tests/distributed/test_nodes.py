@@ -57,12 +57,12 @@ moved = balancer.stats().experts_moved
 balancer.close()
 
 sent_away = {}
-for choice, told in (("table", None), ("table", 1), ("batch", None), ("batch", 1)):
-    balancer, reference = wrap(policy="static", replica_choice=choice, num_nodes=told)
+for told in (None, 1):
+    balancer, reference = wrap(policy="static", replica_choice="table", num_nodes=told)
     serve(balancer, reference, lambda step: step == 10)
     away = torch.tensor(balancer.load()[1][:, other_node].sum())
     dist.all_reduce(away)
-    sent_away[f"{choice} {told}"] = int(away)
+    sent_away[str(told)] = int(away)
     rows = balancer.load()[1].sum().item() * 4  # of all ranks
     balancer.close()
 
@@ -120,7 +120,5 @@ def test_nodes_are_known_from_torchrun_and_near_replicas_and_whole_groups_are_ch
     assert sorted(nodes_of_groups) == [[0], [1]]
     # Each expert is on both nodes, so that with turns from the table nothing has to leave its node.
     # Where nodes are not known, a rank without the expert sends to both replicas: a quarter of all.
-    assert sent_away["table None"] == 0
-    assert sent_away["table 1"] > rows / 5
-    # Exact quotas come first, and then tokens stay near where they can.
-    assert sent_away["batch None"] < 0.8 * sent_away["batch 1"]
+    assert sent_away["None"] == 0
+    assert sent_away["1"] > rows / 5

@@ -194,13 +194,6 @@ FAULTS = (
         "faults/test_exceptions.py",
     ),
     _fault(
-        "nodes-ignored",
-        "layers/dispatch.py",
-        "                tables.topology.ranks_per_node,",
-        "                comm.num_ranks,",
-        "distributed/test_nodes.py",
-    ),
-    _fault(
         "recomputations-counted",
         "layers/dispatch.py",
         "        if not recomputing():",
@@ -288,6 +281,14 @@ FAULTS = (
         "self.rank * _RANK_PHASE",
         "routing/test_tables.py",
         "distributed/test_dispatch.py",
+    ),
+    _fault(
+        "nodes-ignored",
+        "routing/tables.py",
+        "        near = node == self.rank // per_node",
+        "        near = node >= 0",
+        "distributed/test_nodes.py",
+        "routing/test_tables.py",
     ),
     _fault(
         "all-sources-break-ties-alike",
