@@ -2,29 +2,33 @@
 
 It judges placements on the window's samples under the split that the runtime will use, starting
 from the live placement: nothing moves in a layer that the split alone balances, and elsewhere only
-what pays (`search`). A layer that is far from balance may start from another policy's placement, if
-all that moves for it pays. Where the split of every batch is solved, what counts is not how even
-the mean loads are but whether hot ranks can hand tokens on: see `objectives.CutObjective`.
+what pays. Where replicas share evenly, or there are none, what counts is how high ranks' loads rise
+together (`fixed`); where the split of every batch is solved, whether hot ranks can hand tokens on
+(`cuts`). A layer that is far from balance may start from another placement, if all that moves for
+it pays.
 
-Samples are sums over several steps, and single steps scatter more than sums do; so each sample's
-distance from the mean is widened before judging (`SPREAD`).
+Three guards against chasing noise. Samples scatter less than the steps that they sum up, so each
+sample's distance from the mean is widened before judging (`SPREAD`). A change must gain more than
+its price. And a layer is left alone unless changes that were found on every other sample pay on the
+samples between, beyond what chance gives.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from torch_eplb.policies import flashlb, swift
-from torch_eplb.policies.batches import Replicas, solve_batches, tightest_cuts
+from torch_eplb.policies import flashlb
+from torch_eplb.policies.batches import solve_batches
+from torch_eplb.policies.cuts import CutSearch, all_sets, binding_sets
 from torch_eplb.policies.deepseek import groups_on_nodes, node_bound, place
-from torch_eplb.policies.objectives import CutObjective, EvenObjective, Objective, all_sets
-from torch_eplb.policies.search import Search
-from torch_eplb.policies.split import even_split, judged_par
+from torch_eplb.policies.fixed import FixedSearch
+from torch_eplb.policies.layer import Layer
+from torch_eplb.policies.split import even_split, rank_loads
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Topology
 
@@ -38,21 +42,26 @@ Placed = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Knobs:
-    """How eagerly experts move.
+    """How eagerly experts move, and how long that may be thought about.
 
     Attributes:
         min_gain: least fall of a layer's mean PAR that every changed slot must bring.
         target_par: nothing moves in a layer whose predicted PAR is at most this.
         max_moves: most slots changed per layer and rebalance; None for no bound.
+        plan_seconds: a search that takes longer answers the best that it has found; None for no
+            bound. What is then left undone is left to the next rebalance, worst layers first.
     """
 
-    min_gain: float = 0.001
+    min_gain: float = 0.0003
     target_par: float = 1.005
     max_moves: int | None = None
+    plan_seconds: float | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("min_gain", 0.0), ("target_par", 1.0)):
+        for name, least in (("min_gain", 0.0), ("target_par", 1.0), ("plan_seconds", 0.0)):
             value = getattr(self, name)
+            if value is None and name == "plan_seconds":
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} must be a number, got {value!r}")
             if not least <= value < math.inf:
@@ -70,35 +79,31 @@ class Knobs:
         return cls(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 
-SPREAD = {"batch": 2.0, "local": 3.0, "table": 2.0, "even": 2.0}
+SPREAD = 2.0
 """Factor on each sample's distance from the mean. A sum over k independent steps scatters less
-than a step does by sqrt(k); "local" solves each rank's part of a batch, which scatters more yet.
-Not fitted closely: 1.5 to 3 give much the same on recorded and synthetic load."""
+than a step does by sqrt(k). Not fitted closely: 1.5 to 3 give much the same on recorded and
+synthetic load."""
+
+_SAMPLES = 32
+"""Most samples that searching by cuts looks at: neighbours are added up."""
 
 _SMALL = 8
 """Up to this many ranks all sets of ranks are judged (255 of them)."""
 
-_STEPS = 64
-"""Search steps of a layer at most, per plan (and per round of cuts: `_STEPS_PER_ROUND`)."""
+_STEPS = 96
+"""Search steps of a layer at most."""
 
 _STEPS_PER_ROUND = 12
 _ROUNDS = 8
 
+_BUDGET = 24
+"""Search steps of a plan by cuts, per layer; layers far from balance may take those of others."""
+
 _FAR = 1.2
-"""Mean PAR above which a layer does not start from where it is: see `_Task._restart`."""
+"""Mean PAR above which a layer does not start from where it is: see `_Task._starts`."""
 
-_CUTS_COST = 3
-"""What finding a layer's cuts costs, in search steps."""
-
-_WORK = 2 << 26
-"""Numbers that searching by cuts may look at per plan, about: under a second's worth. What is then
-left undone is left to the next rebalance, worst layers first."""
-
-_NEARLY = 0.97
-"""Sets with less than this per rank, in units of the mean, do not bind."""
-
-_CUT_ITERATIONS = 16
-"""Of the solver, for finding cuts: any split's cuts are valid, only the tightest take longer."""
+_SIGMAS = 3.0
+"""How many standard errors a layer's gain on unseen samples must be above nothing."""
 
 
 def plan(
@@ -119,8 +124,7 @@ def plan(
         replica_choice: "batch", "local", "table" or "even".
         knobs: how eagerly experts move.
     """
-    x = widen(units(load, current.num_ranks), SPREAD[replica_choice])
-    task = _Task(x, replica_choice, knobs, current, topology)
+    task = _Task(load, replica_choice, knobs, current, topology)
     if not node_bound(current, topology):
         return Placement(task.improve(current.experts)[0], current.num_experts)
     anew = current.align(place(load.mean(axis=0), current, topology)).experts
@@ -141,201 +145,188 @@ def plan(
 
 
 class _Task:
-    """One plan's samples and bounds, and the search through all layers."""
+    """One plan's samples and bounds, and the search through all layers.
+
+    Attributes:
+        fixed: whether every replica's share is the same in all samples, or there are no replicas.
+        x: ``[samples, layers, experts]`` in units of the mean rank load, widened.
+    """
 
     def __init__(
-        self, x: Floats, choice: str, knobs: Knobs, current: Placement, topology: Topology
+        self, load: Floats, choice: str, knobs: Knobs, current: Placement, topology: Topology
     ) -> None:
-        self.x = x
-        self.fixed = choice in ("even", "table")
+        self.fixed = choice in ("even", "table") or not current.num_redundant_experts
+        spread = SPREAD
+        if not self.fixed and len(load) > _SAMPLES:
+            added = -(-len(load) // _SAMPLES)
+            load = np.add.reduceat(load, np.arange(0, len(load), added), axis=0)
+            spread *= math.sqrt(added)
+        self.x = widen(units(load, current.num_ranks), spread)
         self.knobs = knobs
-        self.num_ranks = current.num_ranks
-        self.num_slots = current.num_slots
-        self.num_experts = current.num_experts
+        self.current = current
         self.topology = topology if node_bound(current, topology) else None
+        self.deadline = math.inf
+        if knobs.plan_seconds is not None:
+            self.deadline = time.monotonic() + knobs.plan_seconds
 
     def improve(self, start: Placed, layers: Bools | None = None) -> tuple[Placed, Floats]:
         """Search from ``start [layers, ranks, slots]``, in the layers of the mask.
 
         Returns the placement and each layer's value (mean PAR as judged).
         """
-        mask = np.ones(len(start), dtype=bool) if layers is None else layers
         experts = np.array(start)
-        value = np.zeros(len(start))
-        searches = {int(layer): self._search(start, int(layer)) for layer in np.flatnonzero(mask)}
-        objective: Objective
-        if self.fixed:
-            objective = EvenObjective()
-        elif self.num_ranks <= _SMALL:
-            objective = CutObjective(all_sets(self.num_ranks))
-        else:
-            self._search_by_cuts(searches, experts, value)
+        value = self.par(self.x, start).mean(axis=0)
+        todo = value > self.knobs.target_par
+        if layers is not None:
+            todo &= layers
+        todo[todo] = self._lasts(start, np.flatnonzero(todo))
+        if not todo.any():
             return experts, value
-
-        def rate(layers: Ints, tried: Placed) -> Floats:
-            for layer, placed in zip(layers.tolist(), tried, strict=True):
-                searches[layer].reset(placed)
-            return np.array([searches[layer].value(objective) for layer in layers.tolist()])
-
-        self._restart(searches, experts, rate)
-        for layer, search in searches.items():
-            search.run(objective, self.knobs.target_par, _STEPS)
-            experts[layer] = search.experts(self.num_slots)
-            value[layer] = search.value(objective)
+        todo_layers = np.flatnonzero(todo)
+        experts[todo], value[todo] = self._search(self.x, start, todo_layers)
         return experts, value
 
-    def _search(self, start: Placed, layer: int) -> Search:
-        allowed = None
-        if self.topology is not None:
-            allowed = self._own_nodes(start[layer])
-        most = np.inf if self.knobs.max_moves is None else self.knobs.max_moves
-        return Search(
+    def par(self, x: Floats, experts: Placed) -> Floats:
+        """``[samples, layers]``: PAR under the split that the runtime will use, nearly."""
+        if self.fixed:
+            placement = Placement(experts, self.current.num_experts)
+            peaks = rank_loads(x, placement, even_split(placement)).max(axis=2)
+        else:
+            peaks = solve_batches(_columns(x), experts, 16)[0].max(axis=1).T
+        return np.maximum(peaks, 1.0)
+
+    def _lasts(self, start: Placed, layers: Ints) -> Bools:
+        """``[layers]``: whether what every other sample asks for pays on the samples between.
+
+        A placement fits the samples that it was made for so well that it always seems to pay, even
+        where they are nothing but noise.
+        """
+        if len(self.x) < 4 or not len(layers):
+            return np.ones(len(layers), dtype=bool)
+        found, _ = self._search(self.x[::2], start, layers)
+        unseen = self.x[1::2][:, layers]
+        gain = self.par(unseen, start[layers]) - self.par(unseen, found)
+        error = gain.std(axis=0, ddof=1) / math.sqrt(len(gain))
+        moved = _moved(start[layers], found, self.current.num_experts)
+        lasts: Bools = gain.mean(axis=0) > _SIGMAS * error + self.knobs.min_gain * moved
+        return lasts
+
+    def _search(self, x: Floats, start: Placed, layers: Ints) -> tuple[Placed, Floats]:
+        if self.fixed:
+            return self._search_fixed(x, start, layers)
+        return self._search_by_cuts(x, start, layers)
+
+    def _layer(self, kind: type[Layer], x: Floats, start: Placed, layer: int) -> Layer:
+        knobs = self.knobs
+        return kind(
             start[layer],
-            self.x[:, layer],
-            allowed=allowed,
-            price=self.knobs.min_gain,
-            most=most,
+            x[:, layer],
+            allowed=None if self.topology is None else self._own_nodes(start[layer]),
+            price=knobs.min_gain,
+            most=math.inf if knobs.max_moves is None else knobs.max_moves,
         )
 
-    def _own_nodes(self, experts: NDArray[np.int32]) -> Bools:
+    def _own_nodes(self, experts: Placed) -> Bools:
         """``[experts, ranks]``: the ranks of the node that holds the expert."""
         assert self.topology is not None
-        held = np.zeros((self.num_experts, self.num_ranks), dtype=bool)
-        held[experts, np.arange(self.num_ranks)[:, None]] = True
-        nodes = held.reshape(self.num_experts, self.topology.num_nodes, -1).any(axis=2)
+        ranks = self.current.num_ranks
+        held = np.zeros((self.current.num_experts, ranks), dtype=bool)
+        held[experts, np.arange(ranks)[:, None]] = True
+        nodes = held.reshape(len(held), self.topology.num_nodes, -1).any(axis=2)
         return np.repeat(nodes, self.topology.ranks_per_node, axis=1)
 
-    def _search_by_cuts(self, searches: dict[int, Search], experts: Placed, value: Floats) -> None:
-        """Search, find the cuts that bind by solving the splits, and search on; in place.
+    def _search_fixed(self, x: Floats, start: Placed, layers: Ints) -> tuple[Placed, Floats]:
+        experts = np.array(start[layers])
+        values = self.par(x[:, layers], experts).mean(axis=0)
+        for index in np.argsort(-values, kind="stable").tolist():
+            if time.monotonic() > self.deadline:
+                break
+            search = self._layer(FixedSearch, x, start, int(layers[index]))
+            assert isinstance(search, FixedSearch)
+            search.run(self.knobs.target_par, _STEPS)
+            experts[index], values[index] = search.experts, search.par()
+        return experts, values
 
-        The search trusts the cuts that it knows, and so may spoil others: a round that made a
-        layer worse is undone, with the cuts that showed it kept, and the next one is shorter.
+    def _search_by_cuts(self, x: Floats, start: Placed, layers: Ints) -> tuple[Placed, Floats]:
+        """Search, find the sets that bind by solving the splits, and search on.
+
+        The search trusts the sets that it knows, and so may spoil others: a round that made a
+        layer worse is undone, with the sets that showed it kept, and the next one is shorter.
         """
-        objectives = {layer: CutObjective(np.eye(self.num_ranks, dtype=bool)) for layer in searches}
-        best = dict.fromkeys(searches, np.inf)
-        trust = dict.fromkeys(searches, _STEPS_PER_ROUND)
-        tried = np.array(experts)
-        live = list(searches)
-        step_cost = 4 * self.x.shape[0] * self.num_experts * self.num_ranks
-        budget = max(_WORK // step_cost, 3 * len(searches))
-        self._restart(searches, tried, lambda layers, at: binding_cuts(self.x[:, layers], at)[0])
+        ranks = self.current.num_ranks
+        searches = [self._layer(CutSearch, x, start, int(layer)) for layer in layers]
+        tried = self._starts(x, start, layers, searches)
+        experts, value = tried.copy(), np.full(len(layers), np.inf)
+        best, trust = np.full(len(layers), np.inf), np.full(len(layers), _STEPS_PER_ROUND)
+        budget = _BUDGET * len(layers)
+        live = np.arange(len(layers))
+        if ranks <= _SMALL:
+            for search in searches:
+                search.learn(all_sets(ranks))
         for turn in range(_ROUNDS + 1):
-            values, cuts = binding_cuts(self.x[:, live], tried[live])
-            budget -= _CUTS_COST * len(live) if turn else 0
+            now, sets = binding_sets(_columns(x[:, layers[live]]), tried[live])
             pending = []
-            for layer, now, sets in zip(live, values, cuts, strict=True):
-                search = searches[layer]
-                net = now + self.knobs.min_gain * search.moved
-                if net < best[layer]:
-                    best[layer], value[layer] = net, now
-                    experts[layer] = tried[layer]
-                    trust[layer] = min(2 * trust[layer], _STEPS_PER_ROUND)
+            for index, par, tight in zip(live.tolist(), now.tolist(), sets, strict=True):
+                search = searches[index]
+                net = par + self.knobs.min_gain * search.moved
+                if net < best[index]:
+                    best[index], value[index], experts[index] = net, par, tried[index]
+                    trust[index] = min(2 * trust[index], _STEPS_PER_ROUND)
                 else:
-                    search.reset(experts[layer])
-                    trust[layer] = max(trust[layer] // 4, 1)
-                objectives[layer] = objectives[layer].with_sets(sets)
-                if value[layer] > self.knobs.target_par:
-                    pending.append(layer)
+                    search.reset(experts[index])
+                    trust[index] = max(trust[index] // 4, 1)
+                search.learn(tight)
+                if value[index] > self.knobs.target_par:
+                    pending.append(index)
             live = []
-            # Worst first, as far as the budget goes.
-            for layer in sorted(pending, key=lambda layer: -value[layer]):
-                if turn == _ROUNDS or budget <= 0:
+            for index in sorted(pending, key=lambda index: -value[index]):  # worst first
+                if turn == _ROUNDS or budget <= 0 or time.monotonic() > self.deadline:
                     break
-                used = searches[layer].run(objectives[layer], self.knobs.target_par, trust[layer])
+                used = searches[index].run(self.knobs.target_par, int(trust[index]))
                 budget -= used
-                tried[layer] = searches[layer].experts(self.num_slots)
                 if used:
-                    live.append(layer)
-            if not live:
-                return
+                    tried[index] = searches[index].experts
+                    live.append(index)
+            live = np.array(live, dtype=np.int64)
+            if not len(live):
+                break
+        return experts, value
 
-    def _restart(
-        self,
-        searches: dict[int, Search],
-        tried: Placed,
-        rate: Callable[[Ints, Placed], Floats],
-    ) -> None:
-        """Start layers that are far from balance from elsewhere, if that pays; in place.
+    def _starts(
+        self, x: Floats, start: Placed, layers: Ints, searches: list[CutSearch]
+    ) -> Placed:
+        """Where the searches start: layers far from balance from elsewhere, if that pays.
 
         A local search stays near where it starts, and takes its time over each move. Tried are
-        the few moves of "swift" and a placement anew by risk ("flashlb" without its search).
-        ``rate`` gives the layers' mean PAR.
+        what an even split asks for, and a placement anew by risk ("flashlb" without its search).
         """
-        layers = np.array(list(searches))
-        net = rate(layers, tried[layers])
-        far = net > max(_FAR, self.knobs.target_par)
-        layers, net = layers[far], net[far]
-        if not len(layers):
-            return
-        x, start = self.x[:, layers], Placement(tried[layers], self.num_experts)
-        topology = self.topology or Topology(self.num_ranks)
-        nodes = topology.num_nodes if self.topology else 1
-        few = swift.plan(x, start, topology).experts
-        anew = np.array(few)
-        lasts = self._placing_anew_lasts(x, start, nodes)
-        if lasts.any():
-            where = start.experts[lasts]
-            anew[lasts] = flashlb.place_by_risk(x[:, lasts], where, where, nodes, depth=1)
-        for other in (few, anew):
-            value = rate(layers, other)
-            for index, layer in enumerate(layers.tolist()):
-                search = searches[layer]
-                search.reset(other[index])
-                restart_net = value[index] + self.knobs.min_gain * search.moved
-                if restart_net < net[index] and search.moved <= search.most:
-                    net[index], tried[layer] = restart_net, other[index]
-        for layer in layers.tolist():
-            searches[layer].reset(tried[layer])
-
-    def _placing_anew_lasts(self, x: Floats, start: Placement, nodes: int) -> Bools:
-        """``[layers]``: whether a placement for every other sample pays on the samples between.
-
-        A placement anew fits the samples so well that it always seems to pay, even where they are
-        nothing but noise; then it would be made anew at every plan.
-        """
-        if len(x) < 2:
-            return np.ones(x.shape[1], dtype=bool)
-        seen, unseen = x[::2], x[1::2]
-        anew = flashlb.place_by_risk(seen, start.experts, start.experts, nodes, depth=1)
-        moved = _moved(start.experts, anew, self.num_experts)
-        gain = self._mean_par(unseen, start.experts) - self._mean_par(unseen, anew)
-        return gain > self.knobs.min_gain * moved
-
-    def _mean_par(self, x: Floats, experts: Placed) -> Floats:
-        """``[layers]``: mean PAR over samples ``x`` under the split that the runtime will use."""
-        if self.fixed:
-            placement = Placement(experts, self.num_experts)
-            return judged_par(x, placement, even_split(placement), "even").mean(axis=0)
-        loads, _ = solve_batches(
-            np.ascontiguousarray(x.transpose(1, 2, 0)), experts, _CUT_ITERATIONS
-        )
-        return np.maximum(loads.max(axis=1), 1.0).mean(axis=1)
+        tried = np.array(start[layers])
+        net = self.par(x[:, layers], tried).mean(axis=0)
+        far = np.flatnonzero(net > max(_FAR, self.knobs.target_par))
+        if not len(far):
+            return tried
+        nodes = 1 if self.topology is None else self.topology.num_nodes
+        others = []
+        if time.monotonic() < self.deadline:
+            where = start[layers[far]]
+            others.append(flashlb.place_by_risk(x[:, layers[far]], where, where, nodes, depth=1))
+            others.append(self._search_fixed(x, start, layers[far])[0])
+        for other in others:
+            value = self.par(x[:, layers[far]], other).mean(axis=0)
+            for index, par, placed in zip(far.tolist(), value.tolist(), other, strict=True):
+                search = searches[index]
+                search.reset(placed)
+                par += self.knobs.min_gain * search.moved
+                if par < net[index] and search.moved <= search.most:
+                    net[index], tried[index] = par, placed
+        for index in far.tolist():
+            searches[index].reset(tried[index])
+        return tried
 
 
-def binding_cuts(x: Floats, experts: Placed) -> tuple[Floats, list[Bools]]:
-    """Mean PAR of each layer, split by the batch, and the sets of ranks that bind in its samples.
-
-    Args:
-        x: ``[samples, layers, experts]`` in units of the mean rank load.
-        experts: ``[layers, ranks, slots]``.
-
-    Returns:
-        ``[layers]``; for each layer ``[sets, ranks]`` bool, two sets for a sample, without those
-        that are far from binding.
-    """
-    load = np.ascontiguousarray(x.transpose(1, 2, 0))
-    layout = Replicas.of(experts, load.shape[1])
-    loads, _ = solve_batches(load, experts, _CUT_ITERATIONS)
-    total = load.reshape(-1, load.shape[2])[layout.expert]
-    _, per_rank, place = tightest_cuts(loads, layout.fixed_loads(load), total, layout)
-    size = np.argsort(-per_rank, axis=1)[:, :2] + 1  # [layers, 2, samples]
-    inside = place[:, None] < size[:, :, None]  # [layers, 2, R, samples]
-    tight = np.take_along_axis(per_rank, size - 1, axis=1) > _NEARLY
-    cuts = [
-        np.unique(sets.transpose(0, 2, 1)[keep], axis=0)
-        for sets, keep in zip(inside, tight, strict=True)
-    ]
-    return np.maximum(loads.max(axis=1), 1.0).mean(axis=1), cuts
+def _columns(x: Floats) -> NDArray[np.float32]:
+    """``[samples, layers, experts]`` to ``[layers, experts, samples]``."""
+    return np.ascontiguousarray(x.transpose(1, 2, 0), dtype=np.float32)
 
 
 def units(load: Floats, num_ranks: int) -> Floats:
