@@ -47,7 +47,9 @@ _HOMES = {
 
 # Modules that the documentation names, as attributes of the package.
 _MODULES = {
+    "adapters": "adapters",
     "expert_map": "files.expert_map",
+    "exporters": "exporters",
     "materialize": "state.materialize",
     "plot": "offline.plot",
     "simulate": "offline.simulate",

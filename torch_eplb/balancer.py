@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Unpack
 
+from torch_eplb.exporters.text import report
 from torch_eplb.layers.dispatch import BoundToRanks
 from torch_eplb.runtime.config import Config
 from torch_eplb.runtime.engine import Engine
@@ -176,6 +177,19 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
     def stats(self) -> Stats:
         """State and totals since wrapping."""
         return self.engine.stats()
+
+    def window_load(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """All ranks' tokens in the last collection window, or None before the first one.
+
+        Returns:
+            int64 ``[layers, experts]`` by logical expert, ``[layers, ranks]`` by the rank chosen.
+            Waits for nothing.
+        """
+        return self.engine.window_load()
+
+    def report(self) -> str:
+        """State and totals as a table for people; ``print(balancer.report())``."""
+        return report(self.stats(), self.placement, self.window_load())
 
     def load(self) -> tuple[np.ndarray, np.ndarray]:
         """This rank's recorded tokens since wrapping; sums over ranks give the whole load.

@@ -64,7 +64,10 @@ def backward(rank: int, world_size: int, dispatch: str) -> None:
     reference = ToyModel()
     model = copy.deepcopy(reference)
     balancer = torch_eplb.wrap(
-        model, dispatch=dispatch, num_redundant_experts=4 if world_size != 3 else 1
+        model,
+        dispatch=dispatch,
+        num_redundant_experts=4 if world_size != 3 else 1,
+        allow_training_with_moves=True,  # replicas' gradients are summed below
     )
     shared = dispatch == "all_reduce"
     batches = [

@@ -49,10 +49,8 @@ def serve_in_another_order(rank: int, world_size: int, experts: int) -> str:
         with pytest.raises(torch_eplb.EPLBError, match="different models") as caught:
             balancers[1 if rank == 1 else 0](x)
         assert not isinstance(caught.value, torch_eplb.PeerLostError)
-        # Each rank has made a forward that the other has not: both find together again.
+        # Nothing was exchanged, so no step was made: the next forwards take the failed ones' place.
         for balancer, reference in zip(balancers, references, strict=True):
-            with pytest.raises(torch_eplb.EPLBError, match="not in the same forward"):
-                balancer(x)
             torch.testing.assert_close(balancer(x), reference(x), atol=1e-5, rtol=1e-4)
     for balancer in balancers:
         balancer.close()

@@ -7,7 +7,6 @@ plan again without help; where the server dies, nothing of the planner may stay.
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import importlib
 import os
 import signal
@@ -25,6 +24,7 @@ import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.limits import LIMIT, hard_limit  # noqa: F401 (a fixture of every test here)
 from support.stand_ins import stand_in
 
 from torch_eplb.planner import process, worker
@@ -40,26 +40,9 @@ from torch_eplb.planner.process import (
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Topology
 
-LIMIT = 60
 LAYERS, EXPERTS, RANKS, SLOTS = 2, 6, 4, 2
 PLACEMENT = Placement.initial(LAYERS, EXPERTS, RANKS, SLOTS)
 LOAD = np.random.default_rng(0).gamma(0.3, 100.0, size=(4, LAYERS, EXPERTS))
-
-
-@pytest.fixture(autouse=True)
-def hard_limit() -> Iterator[None]:
-    """Fail a test that hangs; end the whole run if even that is not possible."""
-
-    def overdue(*_: object) -> None:
-        raise TimeoutError(f"the test took more than {LIMIT} s")
-
-    before = signal.signal(signal.SIGALRM, overdue)
-    signal.alarm(LIMIT)
-    faulthandler.dump_traceback_later(2 * LIMIT, exit=True)
-    yield
-    faulthandler.cancel_dump_traceback_later()
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture

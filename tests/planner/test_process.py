@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import faulthandler
 import gc
 import importlib
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
@@ -23,6 +21,7 @@ import numpy as np
 import psutil
 import pytest
 from support.forks import in_fork
+from support.limits import LIMIT, hard_limit  # noqa: F401 (a fixture of every test here)
 
 import torch_eplb
 from torch_eplb.planner import worker
@@ -37,26 +36,9 @@ from torch_eplb.planner.process import (
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Plan, Topology
 
-LIMIT = 60
 LAYERS, EXPERTS, RANKS, SLOTS = 3, 8, 4, 3
 PLACEMENT = Placement.initial(LAYERS, EXPERTS, RANKS, SLOTS)
 LOAD = np.random.default_rng(0).gamma(0.3, 100.0, size=(4, LAYERS, EXPERTS))
-
-
-@pytest.fixture(autouse=True)
-def hard_limit() -> Iterator[None]:
-    """Fail a test that hangs; end the whole run if even that is not possible."""
-
-    def overdue(*_: object) -> None:
-        raise TimeoutError(f"the test took more than {LIMIT} s")
-
-    before = signal.signal(signal.SIGALRM, overdue)
-    signal.alarm(LIMIT)
-    faulthandler.dump_traceback_later(2 * LIMIT, exit=True)
-    yield
-    faulthandler.cancel_dump_traceback_later()
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 def settings_for(policy: str | Callable[..., Any] = "deepseek", **changes: Any) -> PlannerSettings:

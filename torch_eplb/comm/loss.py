@@ -130,7 +130,7 @@ class LossDetector:
             who = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
         where = f" in round {round_index}" if round_index is not None else ""
         self.failure = PeerLostError(
-            f"{who} died, or did not answer within {self._timeout:g} s, during {what}{where}: "
+            f"{who} died, or did not answer within {self._timeout:g} s during {what}{where}: "
             f"{error}",
             ranks=tuple(ranks),
             round_index=round_index,
@@ -170,18 +170,15 @@ class LossDetector:
         """
         gone = set(self._gone())
         self._store.set(f"alive/{self._rank}", json.dumps([self._told, sorted(gone)]))
-        silent = []
+        alive = {self._rank}
         for rank in range(self._num_ranks):
-            if rank == self._rank:
-                continue
             said = self._store.get(f"alive/{rank}")
             incident, known = json.loads(said) if said else (0, [])
             gone.update(known)
             if incident > before:
-                gone.discard(rank)  # it has noticed, too, and ended since
-            else:
-                silent.append(rank)
-        return sorted(gone), [rank for rank in silent if rank not in gone]
+                alive.add(rank)  # it has noticed, too, even if it has ended since
+        gone -= alive
+        return sorted(gone), sorted(set(range(self._num_ranks)) - gone - alive)
 
     def _gone(self) -> list[int]:
         """Ranks of this machine whose process has ended without having said so."""

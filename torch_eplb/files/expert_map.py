@@ -29,6 +29,8 @@ __all__ = ["format_expert_map", "parse_expert_map", "read_expert_map", "write_ex
 MAX_MAP_BYTES = 32 * 2**20
 """Largest file that is parsed: an indented map of 100 layers x 1,024 slots takes about 2 MiB."""
 
+_CONVERT = "maps of other engines become one by: python -m torch_eplb convert"
+
 
 def write_expert_map(
     path: PathLike, placement: Placement, layer_ids: Sequence[int] | None = None
@@ -132,7 +134,7 @@ def parse_expert_map(
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"is not JSON ({error}); name an expert map written by record_map_path= or "
-            "by vLLM-Ascend"
+            f"by vLLM-Ascend; {_CONVERT}"
         ) from None
     layers = _layers(document, num_layers, layer_ids)
     rows = [list(_slots(layers[i], i, num_experts, num_ranks, num_slots)) for i in layers]
@@ -152,7 +154,10 @@ def _layers(
     document: Any, num_layers: int, layer_ids: Sequence[int] | None
 ) -> dict[int, list[Any]]:
     """The device list of each layer, by layer id, ascending."""
-    entries = _field(document, "layer_list", list, "the file")
+    try:
+        entries = _field(document, "layer_list", list, "the file")
+    except ValueError as error:
+        raise ValueError(f"{error}; {_CONVERT}") from None
     devices: dict[int, list[Any]] = {}
     for number, entry in enumerate(entries):
         layer_id = _field(entry, "layer_id", int, f"entry {number} of layer_list")

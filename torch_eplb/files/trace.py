@@ -43,7 +43,10 @@ MAX_COUNT = 2**53
 """Counts are held as int64 and averaged as float64; beyond this they would lose digits."""
 
 _LAYOUT = "[step, source_rank, layer, logical_expert]"
-_REMEDY = "a trace is written by record_path= or torch_eplb.trace.TraceWriter"
+_REMEDY = (
+    "a trace is written by record_path= or torch_eplb.trace.TraceWriter, and made of other "
+    "engines' dumps and of tables by: python -m torch_eplb convert"
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""The command line: ``python -m torch_eplb simulate | plan | plot``.
+"""The command line: ``python -m torch_eplb simulate | plan | plot | convert | watch | report``.
 
 Results go to stdout, progress and errors to stderr. Wrong input is one line and exit status 2.
 """
@@ -14,13 +14,18 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from torch_eplb.exporters.jsonl import read_snapshots
+from torch_eplb.files.engines import PLAIN_KINDS
 from torch_eplb.files.expert_map import write_expert_map
 from torch_eplb.files.paths import atomic_write, check_target
 from torch_eplb.files.trace import read_load, read_trace, window_samples
+from torch_eplb.offline.convert import TARGETS, Options, convert
 from torch_eplb.offline.cost import HARDWARE, CostModel
+from torch_eplb.offline.page import page, runs_of
 from torch_eplb.offline.progress import progress_bar
 from torch_eplb.offline.replay import NO_BALANCING, Settings
 from torch_eplb.offline.simulate import simulate
+from torch_eplb.offline.watch import watch
 from torch_eplb.policies.registry import POLICIES, check_plan, make_policy
 from torch_eplb.policies.split import even_split, par, rank_loads
 from torch_eplb.values.choices import REPLICA_CHOICES
@@ -96,7 +101,49 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", required=True, metavar="FILE.png", help="file to write")
     _add_replay_options(command)
     command.set_defaults(run=_plot)
+
+    command = commands.add_parser(
+        "convert", help="other engines' recorded loads and expert maps to ours, and back"
+    )
+    _add_convert_options(command)
+    command.set_defaults(run=_convert)
+
+    command = commands.add_parser("watch", help="a running balancer as a live table")
+    command.add_argument(
+        "source", metavar="URL|FILE", help="Prometheus endpoint, or file of JSON lines"
+    )
+    command.add_argument("--interval", type=float, default=2.0, metavar="S", help="seconds; 2")
+    command.add_argument("--once", action="store_true", help="draw once and stop")
+    command.set_defaults(run=_watch)
+
+    command = commands.add_parser("report", help="a run's JSON lines as one HTML page")
+    command.add_argument("stats", nargs="+", metavar="STATS.jsonl", help="a file per rank")
+    command.add_argument("--out", required=True, metavar="PAGE.html", help="file to write")
+    command.add_argument(
+        "--label", action="append", default=[], metavar="KEY=VALUE",
+        help="only snapshots with this label, where files hold several balancers",
+    )  # fmt: skip
+    command.set_defaults(run=_report)
     return parser
+
+
+def _add_convert_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("sources", nargs="+", metavar="SOURCE", help="the files of one recording, or a map")
+    add("--out", required=True, metavar="FILE", help="file to write")
+    add("--to", choices=TARGETS, help="format to write; default: by the name of FILE")
+    add(
+        "--as", dest="plain", choices=PLAIN_KINDS, default="load",
+        help="what an array without a name holds: load by expert, load by slot (needs --map), or "
+        "a map; default: load",
+    )  # fmt: skip
+    add("--map", metavar="MAP", help="the map under which load by slot was counted")
+    add("--ranks", type=int, metavar="R", help="ranks of a map that does not say")
+    add("--experts", type=int, metavar="E", help="logical experts, if the last ones got no tokens")
+    add("--layers", type=int, metavar="L", help="all layers of the model, for a map for SGLang")
+    add("--first-layer", type=int, default=0, metavar="ID", help="drop layers before this one")
+    add("--scale", type=float, metavar="F", help="multiply load by F and round to whole tokens")
+    add("--drop-empty-layers", action="store_true", help="drop layers without load")
 
 
 def _add_group_options(command: argparse.ArgumentParser, default_ranks: int | None) -> None:
@@ -310,3 +357,31 @@ def _is_zip(path: str) -> bool:
         return False
     with open(path, "rb") as file:
         return file.read(2) == b"PK"
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    options = Options(
+        target=arguments.to,
+        plain=arguments.plain,
+        map_path=arguments.map,
+        num_ranks=arguments.ranks,
+        num_experts=arguments.experts,
+        num_layers=arguments.layers,
+        first_layer=arguments.first_layer,
+        scale=arguments.scale,
+        drop_empty_layers=arguments.drop_empty_layers,
+    )
+    print(convert(arguments.sources, arguments.out, options))
+
+
+def _watch(arguments: argparse.Namespace) -> None:
+    watch(arguments.source, interval=arguments.interval, once=arguments.once)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    check_target(arguments.out, "page")
+    snapshots = [taken for path in arguments.stats for taken in read_snapshots(path)]
+    text = page(runs_of(snapshots, arguments.label))
+    with atomic_write(arguments.out, "page") as file:
+        file.write(text.encode())
+    print(arguments.out)

@@ -115,6 +115,7 @@ class RebalanceCycle:
         self._num_experts = counters.num_experts
         num_layers = counters.values.shape[0]
         self.par_measured: NDArray[np.float64] = np.full(num_layers, np.nan)
+        self.window_load: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
         self.par_predicted: NDArray[np.float64] = np.full(num_layers, np.nan)
         self.rebalances = 0
         self.plans_failed = 0
@@ -349,6 +350,7 @@ class RebalanceCycle:
             self._plan_words = _NOTHING_RECORDED
             return
         self.par_measured = par(rank_load[recorded]).mean(axis=0)
+        self.window_load = (load.sum(axis=0), rank_load.sum(axis=0))
         if self._planner is not None:
             self._planner.submit(self._cycle, load[recorded], self._migration.placement)
 

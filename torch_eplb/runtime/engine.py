@@ -241,7 +241,9 @@ class Engine(BoundToRanks):
             return
         for layer in self.layers:
             for name, tensor in zip(layer.tensor_names, layer.tensors(), strict=True):
-                if tensor.device != self.comm.device:
+                # A model that was closed may have been moved since.
+                elsewhere = tensor.device != self.comm.device
+                if tensor.is_meta or (elsewhere and self._life is Life.ON_META):
                     raise RuntimeError(
                         f"cannot {action}: {layer.name}.{name} is on the {tensor.device} device. "
                         "A model that was wrapped on the meta device gets its weights from "
@@ -445,6 +447,10 @@ class Engine(BoundToRanks):
         values = self._counters.values.cpu().numpy()
         experts = self._counters.num_experts
         return values[:, :experts].copy(), values[:, experts:].copy()
+
+    def window_load(self) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        """All ranks' tokens of the last window; what the host knows, so it waits for nothing."""
+        return self._cycle.window_load
 
     def stats(self) -> Stats:
         """State and totals since wrapping."""
