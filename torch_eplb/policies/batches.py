@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 __all__ = ["Replicas", "blocks", "level", "solve_batches", "tightest_cuts"]
 
-Floats = NDArray[np.float64]
+Floats = NDArray[Any]
+"""Double, or single precision where that is enough."""
+
 Ints = NDArray[np.int64]
 
 TOLERANCE = 1e-3
@@ -72,16 +74,16 @@ class Replicas:
         slot = slot[np.lexsort((key[slot], counts[key[slot]]))]
         sizes, rows_of = np.unique(counts[key[slot]], return_counts=True)
         groups = tuple(zip(sizes.tolist(), (rows_of // sizes).tolist(), strict=True))
-        expert, row_item, row_slot = [], [], []
+        none = np.zeros(0, dtype=np.int64)
+        expert, row_item, taken = [none], [none], [none]
         row = item = 0
         for size, items in groups:
             block = slot[row : row + size * items].reshape(items, size)
             expert.append(key[block[:, 0]])
-            row_slot.append(block.T.reshape(-1))
+            taken.append(block.T.reshape(-1))
             row_item.append(np.tile(np.arange(item, item + items), size))
             row, item = row + size * items, item + items
-        none = np.zeros(0, dtype=np.int64)
-        row_slot = np.concatenate((none, *row_slot))
+        row_slot = np.concatenate(taken)
         rank = row_slot // slots
         per_rank = np.bincount(rank, minlength=layers * ranks)
         crowd = none.astype(np.float64)
@@ -91,8 +93,8 @@ class Replicas:
         return cls(
             num_ranks=ranks,
             groups=groups,
-            expert=np.concatenate((none, *expert)),
-            row_item=np.concatenate((none, *row_item)),
+            expert=np.concatenate(expert),
+            row_item=np.concatenate(row_item),
             row_rank=rank,
             row_slot=row_slot,
             turns=_turns(rank, per_rank),

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torch_eplb.policies.batches import Replicas, solve_batches, tightest_cuts
-from torch_eplb.policies.layer import Layer, best_entries
+from torch_eplb.policies.layer import LEAST, Layer, best_entries
 
 __all__ = ["CutSearch", "all_sets", "binding_sets"]
 
@@ -28,8 +28,12 @@ Singles = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-_SOFTNESS = np.float32(0.01)
-"""Of the soft maximum, in units of the mean rank load."""
+_SOFT = 0.15
+"""Softness of the maximum, in parts of the distance from balance: far above it many sets may tie at
+the peak, where no single change would count."""
+
+_LEAST_SOFT = 0.01
+"""In units of the mean rank load."""
 
 _SETS = 4
 """Sets of several ranks that choosing changes looks at in each sample, of the highest pressures."""
@@ -41,14 +45,14 @@ a peak, those that would do most of that first."""
 _CANDIDATES = 16
 """Changes of each kind that are rated by the maximum of the pool's pressures, per step."""
 
-_LEAST = 1e-6
-"""Gains below this are rounding."""
-
 _HIGHEST = np.float32(40.0)
 """Exponents are cut off there: beyond, a change is a disaster or a relief, whatever else."""
 
 _NEARLY = 0.97
 """Sets with less than this per rank, in units of the mean, do not bind."""
+
+_TIGHT = 2
+"""Sets that are learnt from each sample at most."""
 
 _ITERATIONS = 16
 """Of the solver, for finding sets: any split's sets are valid, only the tightest take longer."""
@@ -111,6 +115,7 @@ class CutSearch(Layer):
     ) -> None:
         self.by_expert = np.ascontiguousarray(load.T, dtype=np.float32)
         self.sets = np.zeros((0, len(experts)), dtype=bool)
+        self.soft = np.float32(_LEAST_SOFT)
         super().__init__(experts, load, allowed=allowed, price=price, most=most)
         self._pool(np.eye(self.num_ranks, dtype=bool))
 
@@ -143,6 +148,7 @@ class CutSearch(Layer):
 
     def run(self, target: float, steps: int) -> int:
         """Make changes while they pay and PAR is above ``target``; returns the steps used."""
+        self.soft = np.float32(max(_SOFT * (self.par() - 1.0), _LEAST_SOFT))
         for step in range(steps):
             if self.par() <= target or not self._make(self._candidates()):
                 return step
@@ -161,33 +167,38 @@ class CutSearch(Layer):
         one = self._shifts(first, changes.to, changes.via)
         other = self._shifts(second, changes.via, changes.to)
         x_one, x_other = self.by_expert[first], self.by_expert[second]
-        rows = self._within_reach(np.maximum(x_one.max(axis=0), x_other.max(axis=0)))
+        reach = self.scale[:, None] * np.maximum(x_one.max(axis=0), x_other.max(axis=0))
+        near = ((self.pressure + reach) >= self.pressure.max(axis=0)).any(axis=1)
+        rows, rest = np.flatnonzero(near), np.flatnonzero(~near)
         delta = one[:, rows, None] * x_one[:, None] + other[:, rows, None] * x_other[:, None]
-        high = self.pressure[rows]
-        value, moved, made = self.par(), self.moved, False
+        value, moved, made = float(self._peak(self.pressure[rows])), self.moved, False
         live = np.arange(len(first))
         while len(live):
-            after = _mean((high + delta[live]).max(axis=1))
+            after = self._peak(self.pressure[rows] + delta[live])
             net = value - after - self.price * cost[live]
-            net[(value - after <= _LEAST) | (moved + cost[live] > self.most)] = 0.0
-            if net.max() <= _LEAST:
+            net[(value - after <= LEAST) | (moved + cost[live] > self.most)] = 0.0
+            if net.max() <= LEAST:
                 break
             index = int(net.argmax())
             best = live[index]
             made, moved, value = True, moved + cost[best], after[index]
-            high += delta[best]
             self.pressure += one[best][:, None] * x_one[best]
             self.pressure += other[best][:, None] * x_other[best]
             self._apply(changes, best)
             same = (first[live] == first[best]) | (first[live] == second[best])
             same |= (second[live] == first[best]) | (second[live] == second[best])
             live = live[~same & (net > 0)]
+            # Several changes may bring up a set that one of them could not.
+            if (self.pressure[rest] + reach[rest] >= self.pressure.max(axis=0)).any():
+                break
         return made
 
-    def _within_reach(self, reach: Singles) -> Ints:
-        """Sets that may come near a peak if one expert's load ``[samples]`` comes upon them."""
-        low = self.pressure.max(axis=0) - 1.5 * self.scale[:, None] * reach
-        return np.flatnonzero((self.pressure >= low).any(axis=1))
+    def _peak(self, pressure: Singles) -> Floats:
+        """``[..., sets, samples]`` to ``[...]``: mean of the soft maximum."""
+        top = pressure.max(axis=-2, keepdims=True)
+        above = np.exp((pressure - top) / self.soft).sum(axis=-2)
+        peak: Floats = (top[..., 0, :] + self.soft * np.log(above)).mean(axis=-1, dtype=np.float64)
+        return peak
 
     def _shifts(self, expert: Ints, to: Ints, via: Ints) -> Singles:
         """``[K, P]``: how the weights of experts change that come to rank ``to``, leave ``via``."""
@@ -218,11 +229,11 @@ class CutSearch(Layer):
             near = np.argpartition(-several, count - 1, axis=0)[:count] + ranks
         top = self.pressure.max(axis=0)
         high = self.pressure[near, np.arange(samples)]
-        weight = np.exp(np.maximum((high - top) / _SOFTNESS, -_HIGHEST))
-        single = np.exp(np.maximum((self.pressure[:ranks] - top) / _SOFTNESS, -_HIGHEST))
+        weight = np.exp(np.maximum((high - top) / self.soft, -_HIGHEST))
+        single = np.exp(np.maximum((self.pressure[:ranks] - top) / self.soft, -_HIGHEST))
         total = (weight.sum(axis=0) + single.sum(axis=0)) * np.float32(samples)
         sets = near.reshape(-1)
-        rise = self.by_expert / _SOFTNESS
+        rise = self.by_expert / self.soft
         return _Power(
             weight=(weight / total).reshape(-1),
             outside=self.away[:, sets],
@@ -253,10 +264,16 @@ class CutSearch(Layer):
         burden = np.exp(power.single_rise[expert[pair]]) - 1.0
         gain[:, pair] -= (power.single[rest.argmax(axis=1)] * burden).sum(axis=1)
         fits, cost = self.replacements(spare)
-        first, index = best_entries(self._nets(gain, cost, fits), _CANDIDATES)
+        first, index = best_entries(self.nets(gain, cost, fits, float(self.soft)), _CANDIDATES)
         slot, none = spare[index], np.full(len(index), -1)
         return _Changes(
-            first, self.slots[slot], self.ranks[slot], none, slot, none, cost[first, index]
+            first,
+            self.slots[slot],
+            self.ranks[slot],
+            none,
+            slot,
+            none,
+            cost[first, index].astype(np.int64),
         )
 
     def _swaps(self, power: _Power) -> _Changes:
@@ -271,20 +288,22 @@ class CutSearch(Layer):
         giving = np.concatenate((there, there / grown, single, single / alone), axis=1)
         taking = np.concatenate((outside, outside * grown, np.ones_like(alone), alone), axis=1)
         width, samples = outside.shape[1], alone.shape[1]
-        sign = np.repeat(np.float32([1, -1, 1, -1]), [width, width, samples, samples])
+        sign = np.repeat(np.array([1, -1, 1, -1], np.float32), [width, width, samples, samples])
         count = max(16, _PAIRS // len(expert))
         hot = np.argsort(-(giving @ sign), kind="stable")[:count]
         gain = (giving[hot] * sign) @ taking.T + (taking[hot] * sign) @ giving.T
         fits, cost = self.swaps(hot)
-        row, slot = best_entries(self._nets(gain, cost, fits), _CANDIDATES)
+        row, slot = best_entries(self.nets(gain, cost, fits, float(self.soft)), _CANDIDATES)
         source = hot[row]
         return _Changes(
-            expert[source], expert[slot], rank[slot], rank[source], slot, source, cost[row, slot]
+            expert[source],
+            expert[slot],
+            rank[slot],
+            rank[source],
+            slot,
+            source,
+            cost[row, slot].astype(np.int64),
         )
-
-    def _nets(self, gain: Singles, cost: NDArray[np.int8], fits: Bools) -> Singles:
-        gain *= _SOFTNESS
-        return np.where(fits & (gain > _LEAST), gain - np.float32(self.price) * cost, 0.0)
 
 
 def _mean(top: Singles) -> Floats:
@@ -315,8 +334,8 @@ def binding_sets(load: NDArray[Any], experts: NDArray[np.int32]) -> tuple[Floats
     loads, _ = solve_batches(load, experts, _ITERATIONS)
     total = load.reshape(-1, load.shape[2])[layout.expert]
     _, per_rank, place = tightest_cuts(loads, layout.fixed_loads(load), total, layout)
-    size = np.argsort(-per_rank, axis=1)[:, :2] + 1  # [layers, 2, samples]
-    inside = place[:, None] < size[:, :, None]  # [layers, 2, R, samples]
+    size = np.argsort(-per_rank, axis=1)[:, :_TIGHT] + 1  # [layers, tight, samples]
+    inside = place[:, None] < size[:, :, None]  # [layers, tight, R, samples]
     tight = np.take_along_axis(per_rank, size - 1, axis=1) > _NEARLY
     sets = [
         np.unique(both.transpose(0, 2, 1)[keep], axis=0)

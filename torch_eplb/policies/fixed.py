@@ -1,8 +1,8 @@
 """The local search of policy "flow" where replicas share evenly, whatever the batch.
 
-What it lowers is a soft maximum of the rank loads, softness * log(sum of exp(load / softness)), mean
-over the samples: any rank near the peak may become it in the steps to come. In exp the parts of a
-rank's load multiply, so that the effect of *every* swap of two slots comes out of one matrix
+What it lowers is a soft maximum of the rank loads, softness * log(sum of exp(load / softness)),
+mean over the samples: any rank near the peak may become it in the steps to come. In exp the parts
+of a rank's load multiply, so that the effect of *every* swap of two slots comes out of one matrix
 product; no estimate decides which changes are looked at.
 """
 
@@ -18,6 +18,7 @@ from torch_eplb.policies.layer import Layer, best_entries
 __all__ = ["FixedSearch"]
 
 Floats = NDArray[np.float64]
+Singles = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
@@ -39,11 +40,8 @@ _CANDIDATES = 48
 _TOGETHER = 8
 """Changes made in one step, at most. They touch different ranks, so that their effects add up."""
 
-_LEAST = 1e-6
-"""Gains below this are rounding."""
-
-_HIGHEST = 600.0
-"""Exponents stay below it, for the sake of double precision."""
+_HIGHEST = 60.0
+"""Exponents stay below it: single precision is ample for comparing changes, and ends at 88."""
 
 
 class _Change(NamedTuple):
@@ -92,8 +90,7 @@ class FixedSearch(Layer):
         for step in range(steps):
             if _mean(loads) <= target:
                 return step
-            before, moved = self.slots, self.moved
-            self.slots = before.copy()
+            before, moved = self.experts, self.moved
             if not self._make(self._changes(loads, soft), together):
                 return step
             loads = self.loads()
@@ -110,13 +107,13 @@ class FixedSearch(Layer):
 
     def _changes(self, loads: Floats, soft: float) -> list[_Change]:
         """Changes that pay, best first."""
-        power = np.exp((loads - loads.max(axis=0)) / soft)
-        power /= power.sum(axis=0) * loads.shape[1]
-        grown = np.exp(self._parts() / soft)
+        power = np.exp(((loads - loads.max(axis=0)) / soft).astype(np.float32))
+        power /= power.sum(axis=0) * np.float32(loads.shape[1])
+        grown = np.exp((self._parts() / soft).astype(np.float32))
         changes = self._swaps(power, grown, soft) + self._replacements(power, grown, soft)
         return sorted(changes, key=lambda change: -change.net)
 
-    def _swaps(self, power: Floats, grown: Floats, soft: float) -> list[_Change]:
+    def _swaps(self, power: Singles, grown: Singles, soft: float) -> list[_Change]:
         """Every swap of a slot on one of the hottest ranks.
 
         Args:
@@ -130,35 +127,34 @@ class FixedSearch(Layer):
         into = grown[self.slots]
         left = power[self.ranks] / into
         after = left[hot] @ into.T + into[hot] @ left.T
-        gain = soft * (heat[self.ranks[hot]][:, None] + heat[self.ranks] - after)
+        np.subtract(heat[self.ranks], after, out=after)
+        after += heat[self.ranks[hot]][:, None]
         fits, cost = self.swaps(hot)
-        net = self._nets(gain, cost, fits)
+        net = self.nets(after, cost, fits, soft)
         row, slot = best_entries(net, _CANDIDATES)
         none = np.full(len(row), -1)
         return _listed(net[row, slot], cost[row, slot], hot[row], slot, none)
 
-    def _replacements(self, power: Floats, grown: Floats, soft: float) -> list[_Change]:
+    def _replacements(self, power: Singles, grown: Singles, soft: float) -> list[_Change]:
         """Every replacement; exact unless both experts sit on a third rank, too."""
         spare = self.spare()
         if not len(spare):
             return []
         count = self.held.sum(axis=1)[:, None]
         expert, rank = self.slots[spare], self.ranks[spare]
-        total = self.held.astype(np.float64) @ power  # [experts, samples]: of all its ranks
-        more = np.exp(self.load / (count + 1) / soft)
+        total = self.held.astype(np.float32) @ power  # [experts, samples]: of all its ranks
+        more = np.exp((self.load / (count + 1) / soft).astype(np.float32))
         relief = (total * (1.0 - more / grown)).sum(axis=1)
-        fewer = np.exp(self.load[expert] / (count[expert] - 1) / soft)
+        fewer = np.exp((self.load[expert] / (count[expert] - 1) / soft).astype(np.float32))
         burden = ((total[expert] - power[rank]) * (fewer / grown[expert] - 1.0)).sum(axis=1)
         own = more @ (power[rank] / grown[expert]).T  # [experts, spare]
-        gain = soft * (relief[:, None] + power.sum(axis=1)[rank] - own - burden)
+        np.subtract(power.sum(axis=1)[rank] - burden, own, out=own)
+        own += relief[:, None]
         fits, cost = self.replacements(spare)
-        net = self._nets(gain, cost, fits)
+        net = self.nets(own, cost, fits, soft)
         row, index = best_entries(net, _CANDIDATES)
         none = np.full(len(row), -1)
         return _listed(net[row, index], cost[row, index], spare[index], none, row)
-
-    def _nets(self, gain: Floats, cost: NDArray[np.int8], fits: Bools) -> Floats:
-        return np.where(fits & (gain > _LEAST), gain - self.price * cost, 0.0)
 
     def _make(self, changes: list[_Change], most: int) -> int:
         """Make the first change, then others on ranks that are still as they were."""

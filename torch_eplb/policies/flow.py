@@ -9,8 +9,9 @@ it pays.
 
 Three guards against chasing noise. Samples scatter less than the steps that they sum up, so each
 sample's distance from the mean is widened before judging (`SPREAD`). A change must gain more than
-its price. And a layer is left alone unless changes that were found on every other sample pay on the
-samples between, beyond what chance gives.
+its price. And where the samples scatter much as independent tokens would (`dispersion`),
+every token is dealt to one of two halves, and a layer is left alone unless what pays on one half
+also pays on the other, beyond chance: the halves share what moves the load, but not the noise.
 """
 
 from __future__ import annotations
@@ -22,20 +23,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from torch_eplb.policies import flashlb
-from torch_eplb.policies.batches import solve_batches
-from torch_eplb.policies.cuts import CutSearch, all_sets, binding_sets
 from torch_eplb.policies.deepseek import groups_on_nodes, node_bound, place
-from torch_eplb.policies.fixed import FixedSearch
-from torch_eplb.policies.layer import Layer
-from torch_eplb.policies.split import even_split, rank_loads
+from torch_eplb.policies.improve import Rules, improve, par
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Topology
 
 __all__ = ["SPREAD", "Knobs", "plan"]
 
 Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 Placed = NDArray[np.int32]
 
@@ -87,23 +82,15 @@ synthetic load."""
 _SAMPLES = 32
 """Most samples that searching by cuts looks at: neighbours are added up."""
 
-_SMALL = 8
-"""Up to this many ranks all sets of ranks are judged (255 of them)."""
+_DOUBT = 3.0
+"""How many standard errors a layer's gain on unseen tokens must be above nothing, where the samples
+scatter as independent tokens do; in parts of that where they scatter more, or less."""
 
-_STEPS = 96
-"""Search steps of a layer at most."""
+_LITTLE = 0.001
+"""Added to the standard error: smaller gains are not worth a plan."""
 
-_STEPS_PER_ROUND = 12
-_ROUNDS = 8
-
-_BUDGET = 24
-"""Search steps of a plan by cuts, per layer; layers far from balance may take those of others."""
-
-_FAR = 1.2
-"""Mean PAR above which a layer does not start from where it is: see `_Task._starts`."""
-
-_SIGMAS = 3.0
-"""How many standard errors a layer's gain on unseen samples must be above nothing."""
+_UNLIKE = 0.25
+"""Nothing is doubted where samples scatter this much less, or as many times more."""
 
 
 def plan(
@@ -145,29 +132,39 @@ def plan(
 
 
 class _Task:
-    """One plan's samples and bounds, and the search through all layers.
+    """One plan's samples and rules.
 
     Attributes:
-        fixed: whether every replica's share is the same in all samples, or there are no replicas.
-        x: ``[samples, layers, experts]`` in units of the mean rank load, widened.
+        load: ``[samples, layers, experts]``, perhaps with neighbouring samples added up.
+        x: the same in units of the mean rank load, widened.
     """
 
     def __init__(
         self, load: Floats, choice: str, knobs: Knobs, current: Placement, topology: Topology
     ) -> None:
-        self.fixed = choice in ("even", "table") or not current.num_redundant_experts
-        spread = SPREAD
-        if not self.fixed and len(load) > _SAMPLES:
+        fixed = choice in ("even", "table") or not current.num_redundant_experts
+        deadline = math.inf
+        if knobs.plan_seconds is not None:
+            deadline = time.monotonic() + knobs.plan_seconds
+        self.rules = Rules(
+            fixed,
+            price=knobs.min_gain,
+            target=knobs.target_par,
+            most=math.inf if knobs.max_moves is None else knobs.max_moves,
+            nodes=topology.num_nodes if node_bound(current, topology) else 1,
+            deadline=deadline,
+        )
+        self.spread = SPREAD
+        if not fixed and len(load) > _SAMPLES:
             added = -(-len(load) // _SAMPLES)
             load = np.add.reduceat(load, np.arange(0, len(load), added), axis=0)
-            spread *= math.sqrt(added)
-        self.x = widen(units(load, current.num_ranks), spread)
-        self.knobs = knobs
-        self.current = current
-        self.topology = topology if node_bound(current, topology) else None
-        self.deadline = math.inf
-        if knobs.plan_seconds is not None:
-            self.deadline = time.monotonic() + knobs.plan_seconds
+            self.spread *= math.sqrt(added)
+        self.num_ranks = current.num_ranks
+        self.load = load
+        self.x = self.judged(load)
+
+    def judged(self, load: Floats) -> Floats:
+        return widen(units(load, self.num_ranks), self.spread)
 
     def improve(self, start: Placed, layers: Bools | None = None) -> tuple[Placed, Floats]:
         """Search from ``start [layers, ranks, slots]``, in the layers of the mask.
@@ -175,158 +172,40 @@ class _Task:
         Returns the placement and each layer's value (mean PAR as judged).
         """
         experts = np.array(start)
-        value = self.par(self.x, start).mean(axis=0)
-        todo = value > self.knobs.target_par
+        value = par(self.x, start, self.rules.fixed).mean(axis=0)
+        todo = value > self.rules.target
         if layers is not None:
             todo &= layers
-        todo[todo] = self._lasts(start, np.flatnonzero(todo))
-        if not todo.any():
-            return experts, value
-        todo_layers = np.flatnonzero(todo)
-        experts[todo], value[todo] = self._search(self.x, start, todo_layers)
+        todo[todo] = self._lasts(start[todo], self.load[:, todo])
+        if todo.any():
+            experts[todo], value[todo] = improve(self.x[:, todo], start[todo], self.rules)
         return experts, value
 
-    def par(self, x: Floats, experts: Placed) -> Floats:
-        """``[samples, layers]``: PAR under the split that the runtime will use, nearly."""
-        if self.fixed:
-            placement = Placement(experts, self.current.num_experts)
-            peaks = rank_loads(x, placement, even_split(placement)).max(axis=2)
-        else:
-            peaks = solve_batches(_columns(x), experts, 16)[0].max(axis=1).T
-        return np.maximum(peaks, 1.0)
-
-    def _lasts(self, start: Placed, layers: Ints) -> Bools:
-        """``[layers]``: whether what every other sample asks for pays on the samples between.
+    def _lasts(self, start: Placed, load: Floats) -> Bools:
+        """``[layers]``: whether what half of the tokens ask for pays for the other half, too.
 
         A placement fits the samples that it was made for so well that it always seems to pay, even
         where they are nothing but noise.
         """
-        if len(self.x) < 4 or not len(layers):
-            return np.ones(len(layers), dtype=bool)
-        found, _ = self._search(self.x[::2], start, layers)
-        unseen = self.x[1::2][:, layers]
-        gain = self.par(unseen, start[layers]) - self.par(unseen, found)
-        error = gain.std(axis=0, ddof=1) / math.sqrt(len(gain))
-        moved = _moved(start[layers], found, self.current.num_experts)
-        lasts: Bools = gain.mean(axis=0) > _SIGMAS * error + self.knobs.min_gain * moved
+        lasts = np.ones(len(start), dtype=bool)
+        if len(load) < 2 or (load != np.rint(load)).any():
+            return lasts  # no counts of tokens
+        scatter = dispersion(load)
+        alike = np.minimum(scatter, 1.0 / np.maximum(scatter, np.finfo(float).tiny))
+        doubtful = alike > _UNLIKE
+        if not doubtful.any():
+            return lasts
+        start, load = start[doubtful], load[:, doubtful]
+        half = np.random.default_rng(0).binomial(load.astype(np.int64), 0.5).astype(np.float64)
+        found, _ = improve(self.judged(half), start, self.rules)
+        unseen = self.judged(load - half)
+        fixed = self.rules.fixed
+        gain = par(unseen, start, fixed) - par(unseen, found, fixed)
+        error = gain.std(axis=0, ddof=1) / math.sqrt(len(gain)) + _LITTLE
+        least = _DOUBT * alike[doubtful] * error
+        least += self.rules.price * _moved(start, found, load.shape[2])
+        lasts[doubtful] = gain.mean(axis=0) > least
         return lasts
-
-    def _search(self, x: Floats, start: Placed, layers: Ints) -> tuple[Placed, Floats]:
-        if self.fixed:
-            return self._search_fixed(x, start, layers)
-        return self._search_by_cuts(x, start, layers)
-
-    def _layer(self, kind: type[Layer], x: Floats, start: Placed, layer: int) -> Layer:
-        knobs = self.knobs
-        return kind(
-            start[layer],
-            x[:, layer],
-            allowed=None if self.topology is None else self._own_nodes(start[layer]),
-            price=knobs.min_gain,
-            most=math.inf if knobs.max_moves is None else knobs.max_moves,
-        )
-
-    def _own_nodes(self, experts: Placed) -> Bools:
-        """``[experts, ranks]``: the ranks of the node that holds the expert."""
-        assert self.topology is not None
-        ranks = self.current.num_ranks
-        held = np.zeros((self.current.num_experts, ranks), dtype=bool)
-        held[experts, np.arange(ranks)[:, None]] = True
-        nodes = held.reshape(len(held), self.topology.num_nodes, -1).any(axis=2)
-        return np.repeat(nodes, self.topology.ranks_per_node, axis=1)
-
-    def _search_fixed(self, x: Floats, start: Placed, layers: Ints) -> tuple[Placed, Floats]:
-        experts = np.array(start[layers])
-        values = self.par(x[:, layers], experts).mean(axis=0)
-        for index in np.argsort(-values, kind="stable").tolist():
-            if time.monotonic() > self.deadline:
-                break
-            search = self._layer(FixedSearch, x, start, int(layers[index]))
-            assert isinstance(search, FixedSearch)
-            search.run(self.knobs.target_par, _STEPS)
-            experts[index], values[index] = search.experts, search.par()
-        return experts, values
-
-    def _search_by_cuts(self, x: Floats, start: Placed, layers: Ints) -> tuple[Placed, Floats]:
-        """Search, find the sets that bind by solving the splits, and search on.
-
-        The search trusts the sets that it knows, and so may spoil others: a round that made a
-        layer worse is undone, with the sets that showed it kept, and the next one is shorter.
-        """
-        ranks = self.current.num_ranks
-        searches = [self._layer(CutSearch, x, start, int(layer)) for layer in layers]
-        tried = self._starts(x, start, layers, searches)
-        experts, value = tried.copy(), np.full(len(layers), np.inf)
-        best, trust = np.full(len(layers), np.inf), np.full(len(layers), _STEPS_PER_ROUND)
-        budget = _BUDGET * len(layers)
-        live = np.arange(len(layers))
-        if ranks <= _SMALL:
-            for search in searches:
-                search.learn(all_sets(ranks))
-        for turn in range(_ROUNDS + 1):
-            now, sets = binding_sets(_columns(x[:, layers[live]]), tried[live])
-            pending = []
-            for index, par, tight in zip(live.tolist(), now.tolist(), sets, strict=True):
-                search = searches[index]
-                net = par + self.knobs.min_gain * search.moved
-                if net < best[index]:
-                    best[index], value[index], experts[index] = net, par, tried[index]
-                    trust[index] = min(2 * trust[index], _STEPS_PER_ROUND)
-                else:
-                    search.reset(experts[index])
-                    trust[index] = max(trust[index] // 4, 1)
-                search.learn(tight)
-                if value[index] > self.knobs.target_par:
-                    pending.append(index)
-            live = []
-            for index in sorted(pending, key=lambda index: -value[index]):  # worst first
-                if turn == _ROUNDS or budget <= 0 or time.monotonic() > self.deadline:
-                    break
-                used = searches[index].run(self.knobs.target_par, int(trust[index]))
-                budget -= used
-                if used:
-                    tried[index] = searches[index].experts
-                    live.append(index)
-            live = np.array(live, dtype=np.int64)
-            if not len(live):
-                break
-        return experts, value
-
-    def _starts(
-        self, x: Floats, start: Placed, layers: Ints, searches: list[CutSearch]
-    ) -> Placed:
-        """Where the searches start: layers far from balance from elsewhere, if that pays.
-
-        A local search stays near where it starts, and takes its time over each move. Tried are
-        what an even split asks for, and a placement anew by risk ("flashlb" without its search).
-        """
-        tried = np.array(start[layers])
-        net = self.par(x[:, layers], tried).mean(axis=0)
-        far = np.flatnonzero(net > max(_FAR, self.knobs.target_par))
-        if not len(far):
-            return tried
-        nodes = 1 if self.topology is None else self.topology.num_nodes
-        others = []
-        if time.monotonic() < self.deadline:
-            where = start[layers[far]]
-            others.append(flashlb.place_by_risk(x[:, layers[far]], where, where, nodes, depth=1))
-            others.append(self._search_fixed(x, start, layers[far])[0])
-        for other in others:
-            value = self.par(x[:, layers[far]], other).mean(axis=0)
-            for index, par, placed in zip(far.tolist(), value.tolist(), other, strict=True):
-                search = searches[index]
-                search.reset(placed)
-                par += self.knobs.min_gain * search.moved
-                if par < net[index] and search.moved <= search.most:
-                    net[index], tried[index] = par, placed
-        for index in far.tolist():
-            searches[index].reset(tried[index])
-        return tried
-
-
-def _columns(x: Floats) -> NDArray[np.float32]:
-    """``[samples, layers, experts]`` to ``[layers, experts, samples]``."""
-    return np.ascontiguousarray(x.transpose(1, 2, 0), dtype=np.float32)
 
 
 def units(load: Floats, num_ranks: int) -> Floats:
@@ -348,6 +227,24 @@ def widen(x: Floats, spread: float) -> Floats:
         x.sum(axis=2, keepdims=True), total, out=np.zeros_like(total), where=total > 0
     )
     return wide * scale
+
+
+def dispersion(counts: Floats) -> Floats:
+    """``[layers]``: how much samples scatter, in parts of what independent tokens would.
+
+    Args:
+        counts: ``[samples, layers, experts]``, tokens; at least two samples.
+    """
+    of_all = counts.sum(axis=(0, 2), keepdims=True)
+    share = np.divide(
+        counts.sum(axis=0), of_all[0], out=np.zeros_like(counts[0]), where=of_all[0] > 0
+    )
+    expected = counts.sum(axis=2, keepdims=True) * share
+    apart = (counts - expected) ** 2
+    each = np.divide(apart, expected, out=np.zeros_like(apart), where=expected > 0)
+    freedom = (len(counts) - 1) * np.maximum((share > 0).sum(axis=1) - 1, 1)
+    scatter: Floats = each.sum(axis=(0, 2)) / freedom
+    return scatter
 
 
 def _moved(before: Placed, after: Placed, num_experts: int) -> NDArray[np.int64]:

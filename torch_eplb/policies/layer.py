@@ -10,11 +10,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Layer", "best_entries"]
+__all__ = ["LEAST", "Layer", "best_entries"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
+
+LEAST = 1e-6
+"""Gains below this are rounding."""
 
 
 class Layer:
@@ -94,6 +97,22 @@ class Layer:
     def spare(self) -> Ints:
         """The slots whose expert has another replica."""
         return np.flatnonzero((self.held.sum(axis=1) > 1)[self.slots])
+
+    def nets(
+        self, gain: NDArray[np.float32], cost: NDArray[np.int8], fits: Bools, unit: float
+    ) -> NDArray[np.float32]:
+        """What changes gain beyond their price, 0 if that is nothing; in place of ``gain``.
+
+        Args:
+            gain: in units of ``unit``.
+            cost, fits: see `swaps`.
+        """
+        # A change that only undoes an earlier one has a negative price, but must not make it worse.
+        fits &= gain > LEAST / unit
+        gain *= np.float32(unit)
+        gain -= cost * np.float32(self.price)
+        gain *= fits
+        return gain
 
     def put(self, slot: int, expert: int) -> None:
         """Let a slot hold another expert."""
