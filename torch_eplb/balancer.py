@@ -130,11 +130,12 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
     # ---- the step clock -----------------------------------------------------------------------
 
     def step(self) -> None:
-        """Count one forward that the hooks do not see: a replay of a captured CUDA or NPU graph.
+        """Count one forward that the hooks do not see: a replay of a captured CUDA or NPU graph,
+        or a pass through the layers that is not made by calling the model.
 
-        Call it before the replay, on every rank.
+        Call it before the replay or the pass, on every rank.
         """
-        self.engine.boundary()
+        self.engine.boundary(is_forward=False)
 
     def idle_step(self) -> None:
         """Make a forward without tokens: for a rank that has no work while others have some.
@@ -160,6 +161,20 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
     def paused(self) -> Iterator[None]:
         """Do not record the forwards inside: dummy batches, warm-up, padding."""
         with self.engine.recorded.paused():
+            yield
+
+    @contextlib.contextmanager
+    def tokens(self, mask: torch.Tensor) -> Iterator[None]:
+        """Tell which rows of the forwards inside are tokens; the others are padding.
+
+        Padding is computed as ever, and not counted as load. For padding that need not be computed
+        the router may give the expert id -1.
+
+        Args:
+            mask: bool (or integer, as attention masks are), with an entry per token of the
+                forward, ``[T]`` or ``[batch, sequence]``; true where a row is a token.
+        """
+        with self.engine.tokens.of(mask.to(self.engine.comm.device)):
             yield
 
     # ---- what a user sees ---------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -108,14 +109,19 @@ def drop(rank: int, world_size: int, times: int) -> tuple[dict[str, int], dict[s
     for number in range(times):
         model = ToyModel(1)
         policy = "random" if number % 10 == 0 else (lambda load, placement, topology: placement)
+        if number == times - 1:
+            gc.collect()
+            dist.barrier()
         balancer = torch_eplb.wrap(model, **{**QUICK, "policy": policy})
+        if number == times - 1:  # and no layer asks which of several models the ranks are in
+            assert len(balancer.engine._roster._models) == 1
         if number % 10 == 0:
             with torch.no_grad():
                 while not balancer.engine._migration.in_flight:
                     balancer(skewed_batch(6, 16, rank))
         dist.barrier()
         del model, balancer
-        if number == 10:
+        if number == times // 2:  # allocators have grown to what they need
             before = settled(None)
     return before, settled(before)
 
@@ -133,4 +139,4 @@ def settled(like: dict[str, int] | None) -> dict[str, int]:
 def test_wrapping_and_dropping_a_hundred_times_leaves_nothing() -> None:
     for before, after in run_ranks(drop, 2, 111, timeout=150):
         for name, level in before.items():
-            assert after[name] <= level + (8 if name == "MiB" else 0), (before, after)
+            assert after[name] <= level + (6 if name == "MiB" else 0), (before, after)

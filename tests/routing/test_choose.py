@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torch_eplb.policies.registry import make_policy
 from torch_eplb.routing import (
     RoutingTables,
     choose_by_quota,
@@ -131,3 +132,45 @@ def test_local_choice_balances_the_batch() -> None:
     ids = torch.tensor([[0]] * 50 + [[4]] * 20 + [[9]] * 30)
     physical = choose_locally(ids, count_hits(ids, EXPERTS), slots_EM, RANKS, SLOTS)
     assert count_hits(physical // SLOTS, RANKS).max() <= 40
+
+
+def mean_par(choice: str, tokens: int) -> float:
+    """PAR over 32 ranks that have few tokens each, with hot experts replicated."""
+    experts, ranks, slots = 128, 32, 5
+    rng = np.random.default_rng(0)
+    popularity = rng.dirichlet(np.full(experts, 0.5))
+    load = (popularity * 1e5).astype(np.int64)
+    initial = Placement.initial(1, experts, ranks, slots)
+    placement = make_policy("deepseek")(load[None, None], initial, Topology(ranks)).placement
+    tables = [
+        RoutingTables(
+            placement,
+            device="cpu",
+            rank=rank,
+            replica_choice=choice,
+            max_replicas=ranks,
+            topology=Topology(ranks),
+            prefer_local=True,
+        )
+        for rank in range(ranks)
+    ]
+    generator, chances = torch.Generator().manual_seed(1), torch.from_numpy(popularity)
+    pars = []
+    for _ in range(30):
+        load_R = torch.zeros(ranks, dtype=torch.int64)
+        for table in tables:
+            ids = torch.multinomial(chances.expand(tokens, experts), 8, generator=generator)
+            if table.choice_LBP is not None:
+                physical = choose_from_table(ids, table.choice_LBP[0])
+            else:
+                slots_EM, solver_EM = table.slots_LEM[0], table.solver_LEM[0]
+                hits = count_hits(ids, experts)
+                physical = choose_locally(ids, hits, slots_EM, ranks, slots, solver_EM)
+            load_R += count_hits(physical // slots, ranks)
+        pars.append(float(load_R.max() / load_R.double().mean()))
+    return float(np.mean(pars))
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_sources_with_few_tokens_do_not_all_start_at_the_same_replica(tokens: int) -> None:
+    assert mean_par("local", tokens) < 1.01 * mean_par("table", tokens)

@@ -52,6 +52,31 @@ def test_slots_are_the_placements_physical_ids_ascending_and_padded() -> None:
             assert row == slots + [-1] * (len(row) - len(slots))
 
 
+def test_a_source_that_balances_for_itself_prefers_its_own_replica_and_then_others_at_random() -> (
+    None
+):
+    placement = random_placement(5, 2, 20, 8, 5)
+    seen = set()
+    for rank in range(8):
+        tables = make(placement, "local", rank=rank)
+        plain = make(placement, rank=rank).slots_LEM
+        assert torch.equal(tables.slots_LEM.sort().values, plain.sort().values)
+        first = tables.slots_LEM[..., 0] // 5
+        for layer, expert in zip(*np.nonzero(placement.experts[:, rank] >= 0), strict=True):
+            held = placement.experts[layer, rank, expert]
+            assert first[layer, held] == rank
+        # The solver sees the same replicas on renamed ranks, and rows that ascend.
+        renamed, present = tables.solver_LEM, tables.slots_LEM >= 0
+        assert torch.equal(renamed % 5, torch.where(present, tables.slots_LEM % 5, -1 % 5))
+        names = torch.full((8,), -1)
+        names[tables.slots_LEM[present] // 5] = renamed[present] // 5
+        assert torch.equal(renamed[present] // 5, names[tables.slots_LEM[present] // 5])
+        assert sorted(names.tolist()) == list(range(8))
+        assert (renamed.diff(dim=-1)[present[..., 1:]] > 0).all()
+        seen.add(tuple(names.tolist()))
+    assert len(seen) == 8
+
+
 def test_update_writes_in_place_and_only_the_layers_asked_for() -> None:
     tables = make(random_placement(1, 4, 8, 4, 3), "table")
     slots, choice = tables.slots_LEM, tables.choice_LEP
@@ -71,6 +96,14 @@ def test_update_writes_in_place_and_only_the_layers_asked_for() -> None:
         assert fresh is not None
         assert torch.equal(now[[0, 2]], old[[0, 2]])
         assert torch.equal(now[[1, 3]], fresh[[1, 3]])
+
+
+def test_the_host_has_a_table_of_its_own_where_tokens_are_elsewhere() -> None:
+    old, new = random_placement(3, 2, 8, 4, 3), random_placement(4, 2, 8, 4, 3)
+    tables = make(old, device="meta")
+    assert tables.host_slots_LEM.tolist() == make(old).slots_LEM.tolist()
+    tables.update(new)
+    assert tables.host_slots_LEM.tolist() == make(new).slots_LEM.tolist()
 
 
 def test_a_slot_that_is_not_live_gets_no_tokens() -> None:

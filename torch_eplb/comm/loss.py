@@ -37,6 +37,16 @@ _GRACE_SECONDS = 0.3
 _WORK_ERRORS = (RuntimeError, ValueError, dist.DistBackendError)
 
 
+# A process that ends in good order has left; one that was killed is lost.
+_open: weakref.WeakSet[LossDetector] = weakref.WeakSet()
+
+
+@atexit.register
+def _leave_all() -> None:
+    for detector in list(_open):
+        detector.leave()
+
+
 class LossDetector:
     """Waits for operations of one group, and finds out who is lost when one fails.
 
@@ -58,9 +68,7 @@ class LossDetector:
         self._beside: dict[int, ProcessIdentity] = {}
         self._told = 0  # the latest incident for which this rank has raised
         self.failure: PeerLostError | None = None
-        # A process that ends in good order has left; one that was killed is lost.
-        goodbye = weakref.WeakMethod(self.leave)
-        atexit.register(lambda: (call := goodbye()) and call())
+        _open.add(self)
 
     def watch(self, identities: Sequence[ProcessIdentity]) -> None:
         """Look after the processes of this machine from now on.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import torch
@@ -13,9 +15,62 @@ from torch_eplb.layers.position import Position
 from torch_eplb.layers.roster import Roster
 from torch_eplb.routing import LoadCounters, RoutingTables
 
-__all__ = ["LayerContext", "Trips"]
+__all__ = ["LayerContext", "TokenMask", "Trips", "recomputing"]
 
 _Trip = TypeVar("_Trip")
+
+
+def recomputing() -> bool:
+    """Whether this forward is part of a backward pass: activation checkpointing runs it again.
+
+    Such a forward has been counted. (A compiled graph recomputes without running hooks.)
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._current_graph_task_id() != -1  # what torch's own checkpointing asks
+
+
+class TokenMask:
+    """Which rows of a forward are tokens; the others are padding, and not counted."""
+
+    def __init__(self) -> None:
+        self._mask: torch.Tensor | None = None
+
+    @contextlib.contextmanager
+    def of(self, mask: torch.Tensor) -> Iterator[None]:
+        """In the forwards inside, only rows that are true are counted."""
+        before, self._mask = self._mask, mask
+        try:
+            yield
+        finally:
+            self._mask = before
+
+    def rows(self, num_tokens: int, named: torch.Tensor | None, layer: str) -> torch.Tensor | None:
+        """bool ``[T]``, or None where all rows are tokens.
+
+        Args:
+            num_tokens: T of the layer's call.
+            named: a mask that the layer itself was given.
+            layer: its name, for messages.
+
+        Raises:
+            TypeError, ValueError: a mask is no bool (or integer) tensor with an entry per row.
+        """
+        masks = [mask for mask in (self._mask, named) if mask is not None]
+        if not masks:
+            return None
+        for mask in masks:
+            if not isinstance(mask, torch.Tensor) or mask.dtype.is_floating_point:
+                kind = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
+                raise TypeError(f"layer {layer}: a token mask must be a bool tensor, got {kind}")
+            if mask.numel() != num_tokens:
+                raise ValueError(
+                    f"layer {layer}: the token mask of shape {tuple(mask.shape)} has "
+                    f"{mask.numel()} entries, but the layer was called with {num_tokens} tokens; "
+                    "it needs one entry per token of this forward"
+                )
+        first, *rest = (mask.reshape(-1).bool() for mask in masks)
+        return first & rest[0] if rest else first
 
 
 @dataclass(frozen=True)
@@ -28,6 +83,7 @@ class LayerContext:
         counters: load counters of all layers, updated in place.
         position: where this rank is.
         roster: the models of the group.
+        tokens: which rows are counted.
     """
 
     comm: Communicator
@@ -35,6 +91,7 @@ class LayerContext:
     counters: LoadCounters
     position: Position
     roster: Roster
+    tokens: TokenMask = field(default_factory=TokenMask)
 
 
 class Trips(Generic[_Trip]):

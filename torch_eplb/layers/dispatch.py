@@ -10,15 +10,17 @@ experts 0..5 hold 0 1 2 | 3 0 1), top-1::
     rank 0 computes     a in slot 0, e in slot 2;       rank 1: c in slot 0, b and d in slot 1
     results travel back the same way, are put in the callers' order, weighted and summed over K.
 
+What a router's ids may be besides experts, and the bin that such choices go to, is said in
+`torch_eplb.routing.ids`.
+
 Shape suffixes: T tokens, K choices per token, N = T * K, H hidden, E logical experts, R ranks,
 S slots per rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -31,29 +33,21 @@ from torch_eplb.layers.collectives import (
     share_input,
     sum_output,
 )
-from torch_eplb.layers.context import LayerContext, Trips
+from torch_eplb.layers.context import LayerContext, Trips, recomputing
 from torch_eplb.layers.experts import ExpertLayer
+from torch_eplb.layers.graphs import note_traced, outside_graphs
 from torch_eplb.routing import (
+    PADDING,
     choose_from_table,
     choose_locally,
     count_hits,
+    logical_ids,
+    narrow,
     order_by_id,
     plan_dispatch,
 )
 from torch_eplb.values.choices import DispatchKind, DispatchName
 from torch_eplb.values.errors import EPLBError
-
-_Hook = TypeVar("_Hook", bound=Callable[..., Any])
-
-
-def _outside_graphs(hook: _Hook) -> _Hook:
-    """Run eagerly: sizes that depend on the data must reach the host, so graphs break here.
-
-    The mark that ``torch.compiler.disable`` sets, without its import of the compiler (seconds).
-    """
-    hook._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return hook
-
 
 __all__ = ["BoundToRanks", "Dispatch", "make_dispatch"]
 
@@ -110,9 +104,15 @@ class Dispatch(BoundToRanks):
     ) -> Any:
         raise NotImplementedError
 
-    def _call_roster(self) -> None:
-        """Where several models are wrapped: make sure that all ranks are in this one."""
-        self.context.roster.call(self.context.position.at(self.index))
+    def _begin(self) -> None:
+        """Note that the layer is entered, and make sure that all ranks are in this model."""
+        position = self.context.position
+        if torch.compiler.is_compiling():
+            note_traced(position.number)
+            return
+        position.count_entry()
+        if self.returns:
+            self.context.roster.call(position.at(self.index))
 
     def visit(self) -> None:
         """Enter the layer without tokens, for other ranks that have some.
@@ -128,7 +128,7 @@ class Dispatch(BoundToRanks):
     def _read(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Hidden states ``[T, H]``, logical ids ``[T, K]`` and weights ``[T, K]``."""
+        """Hidden states ``[T, H]``, the router's ids ``[T, K]`` and weights ``[T, K]``."""
         spec, arguments = self.layer.spec, self.layer.arguments
         hidden = arguments.get(spec.hidden_states, args, kwargs)
         ids = arguments.get(spec.expert_ids, args, kwargs)
@@ -149,20 +149,59 @@ class Dispatch(BoundToRanks):
             values[spec.expert_weights] = weights
         return self.layer.arguments.replace(args, kwargs, values)
 
-    def _choose(self, ids_TK: torch.Tensor) -> torch.Tensor:
-        """Physical ids ``[T, K]`` from this rank's own tokens; counts them."""
-        tables, comm = self.context.tables, self.context.comm
-        num_ranks = comm.num_ranks
+    def _logical(self, ids_TK: torch.Tensor) -> torch.Tensor:
+        """The router's ids as the hot path takes them."""
+        return logical_ids(ids_TK, self.layer.num_experts, layer=self.layer.name)
+
+    @property
+    def _bin(self) -> int:
+        """The physical id of choices that go to no slot."""
+        return self.context.comm.num_ranks * self.context.tables.num_slots
+
+    def _tokens(
+        self, num_tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor | None:
+        """Which rows are counted, bool ``[T]``; None is all."""
+        named = self.layer.arguments.find(self.layer.spec.token_mask, args, kwargs)
+        return self.context.tokens.rows(num_tokens, named, self.layer.name)
+
+    def _choose(self, ids_TK: torch.Tensor, counted_T: torch.Tensor | None) -> torch.Tensor:
+        """Physical ids ``[T, K]`` for logical ones of this rank's own tokens; counts them."""
+        tables, num_ranks = self.context.tables, self.context.comm.num_ranks
         hits_E = count_hits(ids_TK, self.layer.num_experts)
-        if tables.choice_LEP is not None:
-            physical_TK = choose_from_table(ids_TK, tables.choice_LEP[self.index])
+        if tables.choice_LBP is not None:
+            physical_TK = choose_from_table(ids_TK, tables.choice_LBP[self.index])
         else:
             physical_TK = choose_locally(
-                ids_TK, hits_E, tables.slots_LEM[self.index], num_ranks, tables.num_slots
+                ids_TK,
+                hits_E,
+                tables.slots_LEM[self.index],
+                num_ranks,
+                tables.num_slots,
+                tables.solver_LEM[self.index],
             )
-        sent_R = count_hits(physical_TK // tables.num_slots, num_ranks)
-        self.context.counters.add(self.index, hits_E, sent_R)
+        ranks_TK = physical_TK // tables.num_slots
+        if counted_T is None:
+            self._count(hits_E, count_hits(ranks_TK, num_ranks))
+        else:
+            self._count_some(ids_TK, ranks_TK, counted_T)
         return physical_TK
+
+    def _count(self, hits_E: torch.Tensor, sent_R: torch.Tensor) -> None:
+        """Add to the load: hits by logical expert, and by the rank that computes them."""
+        if not recomputing():
+            self.context.counters.add(self.index, hits_E, sent_R)
+
+    def _count_some(
+        self, ids_TK: torch.Tensor, ranks_TK: torch.Tensor, counted_T: torch.Tensor
+    ) -> None:
+        """The same for the rows ``counted_T`` only, of choices and of the ranks they go to."""
+        num_experts, num_ranks = self.layer.num_experts, self.context.comm.num_ranks
+        outside = ~counted_T.unsqueeze(1)
+        self._count(
+            count_hits(ids_TK.masked_fill(outside, num_experts), num_experts),
+            count_hits(ranks_TK.masked_fill(outside, num_ranks), num_ranks),
+        )
 
 
 class AllToAll(Dispatch):
@@ -177,21 +216,24 @@ class AllToAll(Dispatch):
         self._trips: Trips[_Trip] = Trips(layer.name)
         self._empty: tuple[torch.Tensor, ...] | None = None  # a call without tokens
 
-    @_outside_graphs
+    @outside_graphs
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        hidden_TH, ids_TK, weights_TK = self._read(args, kwargs)
-        self._call_roster()
+        hidden_TH, router_ids, weights_TK = self._read(args, kwargs)
+        self._begin()
         if self._empty is None:
-            self._empty = tuple(x[:0].detach() for x in (hidden_TH, ids_TK, weights_TK))
+            self._empty = tuple(x[:0].detach() for x in (hidden_TH, router_ids, weights_TK))
         with torch.no_grad():
-            order_N, send_RS, receive_RS, positions_R = self._route(ids_TK)
+            ids_TK = self._logical(router_ids)
+            counted_T = self._tokens(len(ids_TK), args, kwargs)
+            order_N, send_RS, receive_RS, positions_R = self._route(ids_TK, counted_T)
             *sizes, positions = torch.stack(
                 (send_RS.sum(1), receive_RS.sum(1), positions_R)
             ).tolist()
             self.context.position.compare(positions)
-            num_received = sum(sizes[1])
+            num_sent, num_received = sum(sizes[0]), sum(sizes[1])
+            order_N = order_N[:num_sent]  # what is in the bin stands behind all that is sent
             slots = torch.arange(self.context.tables.num_slots, device=ids_TK.device)
             local_ids = torch.repeat_interleave(
                 slots.repeat(self.context.comm.num_ranks),
@@ -202,11 +244,14 @@ class AllToAll(Dispatch):
         rows = hidden_TH.index_select(0, order_N // ids_TK.shape[1])
         rows = exchange_rows(rows, sizes[0], sizes[1], self.context.comm)
         ones = weights_TK.new_ones(num_received, 1)
+        local_ids = narrow(local_ids, router_ids.dtype, self.context.tables.num_slots)
         rows, ids, ones = _never_empty(rows, local_ids.view(-1, 1), ones)
         self._trips.begin(rows, _Trip(order_N, sizes, weights_TK, shape))
         return self._replace(args, kwargs, rows, ids, ones)
 
-    def _route(self, ids_TK: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _route(
+        self, ids_TK: torch.Tensor, counted_T: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
         """The order in which choices are sent, how many go to and come for every slot, and where
         every rank is.
 
@@ -227,9 +272,13 @@ class AllToAll(Dispatch):
                 tables.num_slots,
                 tables.topology.ranks_per_node,
             )
-            context.counters.add(self.index, hits_E, send_RS.sum(1).to(ids_TK.device))
+            sent_R = send_RS.sum(1).to(ids_TK.device)
+            if counted_T is None:
+                self._count(hits_E, sent_R)
+            else:
+                self._count_some(ids_TK, _ranks_of(order_N, sent_R, ids_TK), counted_T)
             return order_N, send_RS, receive_RS, counts[:, -1]
-        physical_N = self._choose(ids_TK).view(-1)
+        physical_N = self._choose(ids_TK, counted_T).view(-1)
         send_RS = count_hits(physical_N, comm.num_ranks * tables.num_slots)
         send_RS = send_RS.view(comm.num_ranks, tables.num_slots)
         position = context.position.enter(self.index)
@@ -248,7 +297,7 @@ class AllToAll(Dispatch):
         names = (spec.hidden_states, spec.expert_ids, spec.expert_weights)
         self.layer.module(**dict(zip(names, self._empty, strict=True)))
 
-    @_outside_graphs
+    @outside_graphs
     def after(
         self,
         module: nn.Module,
@@ -260,21 +309,49 @@ class AllToAll(Dispatch):
         output = _without_padding(output, sum(trip.sizes[1]))
         rows = exchange_rows(output, trip.sizes[1], trip.sizes[0], self.context.comm)
         self.context.position.leave(self.index)
-        back_N = torch.empty_like(trip.order_N)
-        back_N[trip.order_N] = torch.arange(len(back_N), device=back_N.device)
-        results_TKH = rows.index_select(0, back_N).view(*trip.weights_TK.shape, rows.shape[-1])
-        summed = (results_TKH * trip.weights_TK.unsqueeze(-1)).sum(1)
+        rows, back_N, weights_TK = _at_home(rows, trip.order_N, trip.weights_TK)
+        results_TKH = rows.index_select(0, back_N).view(*weights_TK.shape, rows.shape[-1])
+        summed = (results_TKH * weights_TK.unsqueeze(-1)).sum(1)
         return summed.to(output.dtype).view(*trip.shape[:-1], rows.shape[-1])
 
 
 @dataclass(frozen=True)
 class _Trip:
-    """What `AllToAll` keeps from the way there for the way back."""
+    """What `AllToAll` keeps from the way there for the way back.
+
+    Attributes:
+        order_N: the choices whose results come back, in that order; fewer than N where some went
+            to the bin.
+    """
 
     order_N: torch.Tensor
     sizes: list[list[int]]
     weights_TK: torch.Tensor
     shape: torch.Size
+
+
+def _ranks_of(order_N: torch.Tensor, sent_R: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
+    """``[T, K]``: the rank that each choice goes to, R for the bin."""
+    ranks_N = order_N.new_full((ids_TK.numel(),), len(sent_R))
+    ranks = torch.arange(len(sent_R), device=order_N.device)
+    ranks_N[order_N] = torch.repeat_interleave(ranks, sent_R, output_size=len(order_N))
+    return ranks_N.view(ids_TK.shape)
+
+
+def _at_home(
+    rows: torch.Tensor, order_N: torch.Tensor, weights_TK: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The results ``[rows, H]`` of the choices ``order_N``, the row of every choice, and weights.
+
+    Choices that nobody computed get a row of zeros and the weight 0, whatever the router says.
+    """
+    num_rows, num_choices = len(order_N), weights_TK.numel()
+    back_N = order_N.new_full((num_choices,), num_rows)
+    back_N[order_N] = torch.arange(num_rows, device=back_N.device)
+    if num_rows < num_choices:
+        rows = torch.cat((rows, rows.new_zeros(1, *rows.shape[1:])))
+        weights_TK = weights_TK.masked_fill((back_N == num_rows).view(weights_TK.shape), 0.0)
+    return rows, back_N, weights_TK
 
 
 class AllReduce(Dispatch):
@@ -289,19 +366,20 @@ class AllReduce(Dispatch):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         comm, num_slots = self.context.comm, self.context.tables.num_slots
         spec, arguments = self.layer.spec, self.layer.arguments
-        if not torch.compiler.is_compiling():
-            self._call_roster()
+        self._begin()
         ids = arguments.get(spec.expert_ids, args, kwargs)
-        physical = self._choose(ids.flatten(0, -2)).view(ids.shape)
+        ids_TK = self._logical(ids.flatten(0, -2))
+        counted_T = self._tokens(len(ids_TK), args, kwargs)
+        physical = self._choose(ids_TK, counted_T).view(ids.shape)
         local = physical - comm.rank * num_slots
-        foreign = (local < 0) | (local >= num_slots)
+        foreign = (local < 0) | (local >= num_slots)  # the bin as well
         weights = share_input(arguments.get(spec.expert_weights, args, kwargs), comm)
         hidden = share_input(arguments.get(spec.hidden_states, args, kwargs), comm)
         return self._replace(
             args,
             kwargs,
             hidden,
-            local.masked_fill(foreign, num_slots),
+            narrow(local.masked_fill(foreign, num_slots), ids.dtype, num_slots),
             weights.masked_fill(foreign, 0.0),
         )
 
@@ -327,24 +405,27 @@ class CompactAllReduce(AllReduce):
         super().__init__(layer, index, context)
         self._trips: Trips[_Chosen] = Trips(layer.name)
 
-    @_outside_graphs
+    @outside_graphs
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         comm, num_slots = self.context.comm, self.context.tables.num_slots
-        self._call_roster()
-        hidden_TH, ids_TK, weights_TK = self._read(args, kwargs)
+        self._begin()
+        hidden_TH, router_ids, weights_TK = self._read(args, kwargs)
         shape = self._hidden_states(args, kwargs).shape
-        local_N = (self._choose(ids_TK) - comm.rank * num_slots).view(-1)
+        ids_TK = self._logical(router_ids)
+        counted_T = self._tokens(len(ids_TK), args, kwargs)
+        local_N = (self._choose(ids_TK, counted_T) - comm.rank * num_slots).view(-1)
         chosen = ((local_N >= 0) & (local_N < num_slots)).nonzero().view(-1)
         tokens = chosen // ids_TK.shape[1]
         rows = share_input(hidden_TH, comm).index_select(0, tokens)
         weights = share_input(weights_TK, comm).reshape(-1)[chosen].view(-1, 1)
-        rows, local_ids, weights = _never_empty(rows, local_N[chosen].view(-1, 1), weights)
+        local_ids = narrow(local_N[chosen].view(-1, 1), router_ids.dtype, num_slots)
+        rows, local_ids, weights = _never_empty(rows, local_ids, weights)
         self._trips.begin(rows, _Chosen(tokens, shape))
         return self._replace(args, kwargs, rows, local_ids, weights)
 
-    @_outside_graphs
+    @outside_graphs
     def after(
         self,
         module: nn.Module,
@@ -388,7 +469,10 @@ def _without_padding(output: torch.Tensor, num_rows: int) -> torch.Tensor:
 
 
 class External(Dispatch):
-    """The layer dispatches by itself: logical ids are exchanged for physical ids, nothing else."""
+    """The layer dispatches by itself: logical ids are exchanged for physical ids, nothing else.
+
+    It gets them in the dtype of its router's, and -1 for choices that nobody shall compute.
+    """
 
     returns = False
 
@@ -397,8 +481,25 @@ class External(Dispatch):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         spec, arguments = self.layer.spec, self.layer.arguments
         ids = arguments.get(spec.expert_ids, args, kwargs)
-        physical = self._choose(ids.flatten(0, -2)).view(ids.shape).to(ids.dtype)
-        return arguments.replace(args, kwargs, {spec.expert_ids: physical})
+        self._require_room(ids.dtype)
+        self._begin()
+        ids_TK = self._logical(ids.flatten(0, -2))
+        counted_T = self._tokens(len(ids_TK), args, kwargs)
+        physical = self._choose(ids_TK, counted_T).view(ids.shape)
+        physical = physical.masked_fill(physical == self._bin, PADDING)
+        return arguments.replace(args, kwargs, {spec.expert_ids: physical.to(ids.dtype)})
+
+    def _require_room(self, dtype: torch.dtype) -> None:
+        """Refuse a dtype in which some physical id would be another one."""
+        largest = self._bin - 1
+        if torch.iinfo(dtype).max >= largest:
+            return
+        enough = next(d for d in (torch.int16, torch.int32) if torch.iinfo(d).max >= largest)
+        raise ValueError(
+            f"layer {self.layer.name}: its expert ids are {dtype}, which cannot hold the physical "
+            f"ids 0..{largest} of {self.context.comm.num_ranks} ranks with "
+            f"{self.context.tables.num_slots} slots each. Give the layer ids of {enough} or wider"
+        )
 
 
 def make_dispatch(

@@ -9,22 +9,31 @@ from the second model of a group on, every layer begins with a message of a fixe
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from torch_eplb.comm.agreement import gather_json
 from torch_eplb.comm.communicator import Communicator, all_gather_single
 from torch_eplb.values.errors import EPLBError
 
 __all__ = ["Roster"]
 
-# By group: the names of the models that are wrapped there, by number. The same on all ranks, since
-# wrapping and unwrapping are collective; a model that is closed or dropped may still run, or may
-# have been dropped on this rank only, so it stays.
-_models: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, tuple[str, int]]] = (
+# By group: the models that are wrapped there, by number. The same on all ranks, since wrapping and
+# unwrapping are collective. A model that is closed may still run, and one that was dropped may have
+# been dropped on this rank only, so both stay, until a wrap finds them gone on all ranks.
+_models: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[int, _Entry]] = (
     weakref.WeakKeyDictionary()
 )
 _SHIFT = 40  # a position (step times layers) is less than 2^40
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    num_layers: int
+    roster: weakref.ref[Roster]  # lives as long as the model's hooks
 
 
 class Roster:
@@ -40,7 +49,17 @@ class Roster:
         self._comm = comm
         self._models = _models.setdefault(comm.group, {})
         self._number = max(self._models, default=-1) + 1
-        self._models[self._number] = (f"{name} (number {self._number})", num_layers)
+        self._forget_dropped()
+        name = f"{name} (number {self._number})"
+        self._models[self._number] = _Entry(name, num_layers, weakref.ref(self))
+
+    def _forget_dropped(self) -> None:
+        if not self._models:
+            return
+        dropped = [number for number, entry in self._models.items() if entry.roster() is None]
+        everyone = gather_json(self._comm, dropped)
+        for number in set(dropped).intersection(*everyone):
+            del self._models[number]
 
     def leave(self) -> None:
         """The model is unwrapped, on all ranks."""
@@ -77,6 +96,6 @@ class Roster:
         )
 
     def _describe(self, code: int) -> str:
-        name, num_layers = self._models[code >> _SHIFT]
-        step, layer = divmod(code & (1 << _SHIFT) - 1, num_layers)
-        return f"layer {layer} of {name}" + (f", step {step - 1}" if step else "")
+        entry = self._models[code >> _SHIFT]
+        step, layer = divmod(code & (1 << _SHIFT) - 1, entry.num_layers)
+        return f"layer {layer} of {entry.name}" + (f", step {step - 1}" if step else "")

@@ -32,6 +32,7 @@ class LayerSpec:
             buffer of the module whose dim 0 has ``num_experts`` entries.
         skips_sentinel: forward ignores choices whose id equals the number of local experts, so that
             ``dispatch="all_reduce"`` can mark foreign choices without changing any shape.
+        token_mask: name of forward's argument that tells tokens from padding, or None.
     """
 
     hidden_states: str
@@ -40,6 +41,7 @@ class LayerSpec:
     num_experts: str = "num_experts"
     tensors: tuple[str, ...] | None = None
     skips_sentinel: bool = False
+    token_mask: str | None = None
 
 
 # transformers' experts classes, by the names of forward's first three arguments.
@@ -60,6 +62,7 @@ def register_layer(
     num_experts: str = "num_experts",
     tensors: Sequence[str] | None = None,
     skips_sentinel: bool = False,
+    token_mask: str | None = None,
 ) -> None:
     """Tell `torch_eplb.wrap` how to balance experts modules of class ``cls`` (and subclasses).
 
@@ -75,6 +78,9 @@ def register_layer(
         tensors: names (dotted, relative to the module) of the parameters and buffers that are
             indexed by expert on dim 0; None takes all whose dim 0 has E entries.
         skips_sentinel: forward ignores choices with id == ``module.num_experts``.
+        token_mask: forward's argument of shape ``[...]``, bool, one entry per token: rows where it
+            is false are padding, which is computed and not counted as load. A caller may leave it
+            out or pass None. For masks that do not reach the layer there is ``balancer.tokens``.
 
     Raises:
         TypeError: ``cls`` is no nn.Module class.
@@ -87,6 +93,7 @@ def register_layer(
         ("hidden_states", hidden_states),
         ("expert_ids", expert_ids),
         ("expert_weights", expert_weights),
+        ("token_mask", token_mask),
     ):
         if name is not None and name not in known:
             raise ValueError(
@@ -100,6 +107,7 @@ def register_layer(
         num_experts,
         tuple(tensors) if tensors is not None else None,
         skips_sentinel,
+        token_mask,
     )
 
 
@@ -136,13 +144,21 @@ class BoundArguments:
         Raises:
             TypeError: the caller passed none.
         """
-        if name is not None:
-            if name in kwargs:
-                return kwargs[name]
-            position = self._positions[name]
-            if position < len(args):
-                return args[position]
-        raise TypeError(f"an experts module was called without its argument {name!r}")
+        value = self.find(name, args, kwargs)
+        if value is None:
+            raise TypeError(f"an experts module was called without its argument {name!r}")
+        return value
+
+    def find(
+        self, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor | None:
+        """The argument called ``name``, or None where the caller passed none."""
+        if name is None:
+            return None
+        if name in kwargs:
+            return kwargs[name]
+        position = self._positions[name]
+        return args[position] if position < len(args) else None
 
     def replace(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], values: dict[str, torch.Tensor]

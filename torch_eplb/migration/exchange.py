@@ -61,6 +61,7 @@ class Exchange:
         self._stream = _side_stream(comm.device)
         self._transfer: Transfer | None = None
         self._staged: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._written_later: list[ExpertLayer] = []
         self._received_sums: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
         self._sent_sums: list[torch.Tensor] = []
         self._check: tuple[torch.Tensor, torch.Event] | None = None
@@ -92,6 +93,7 @@ class Exchange:
         operations: list[dist.P2POp] = []
         used = 0
         self._staged, self._received_sums, self._sent_sums = [], [], []
+        self._written_later = []
         for row, direct in zip(
             transfers.transfers.tolist(), transfers.direct.tolist(), strict=True
         ):
@@ -106,6 +108,9 @@ class Exchange:
                 if not direct:
                     landing, used = self._stage(slot, used)
                     self._staged.extend(zip(slot, landing, strict=True))
+                    self._written_later.append(layer)
+                else:
+                    _tell_autograd(layer)
                 if row[SOURCE_RANK] == rank:
                     for target, source in zip(landing, live, strict=True):
                         _copy_bytes(target, source)
@@ -230,12 +235,15 @@ class Exchange:
         with torch.inference_mode():
             for slot, landing in self._staged:
                 _copy_bytes(slot, landing)
+        for layer in self._written_later:
+            _tell_autograd(layer)
         self.drop()
 
     def drop(self) -> None:
         """Forget the round; staged data is not used. Drained slots hold what had arrived."""
         self._transfer, self._check = None, None
         self._staged, self._received_sums, self._sent_sums = [], [], []
+        self._written_later = []
 
 
 def checksum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -264,6 +272,17 @@ def checksum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
             plain.append(sums.sum() * weight)
             placed.append((sums * place).sum() * weight)
     return torch.stack((torch.stack(plain).sum(), torch.stack(placed).sum()))
+
+
+def _tell_autograd(layer: ExpertLayer) -> None:
+    """The layer's tensors are written from now on: a backward that saved them must not use them.
+
+    Neither the backend nor the copies in inference mode count versions by themselves. A tensor has
+    one version for all its slots, so a backward raises torch's usual error even if it needs others.
+    """
+    for tensor in layer.tensors():
+        if not tensor.is_inference():  # those have no versions, and no backward
+            torch.autograd.graph.increment_version(tensor)
 
 
 def _copy_bytes(target: torch.Tensor, source: torch.Tensor) -> None:

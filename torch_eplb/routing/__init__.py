@@ -1,7 +1,8 @@
 """The hot path on the device: counting hits, and from logical to physical ids.
 
-`tables` keeps what the placement says; `choose` reads it per batch; `quotas` balances a batch;
-`intervals` turns quotas into what each rank sends and receives; `load` keeps the counters.
+`ids` takes what a router gives; `tables` keeps what the placement says; `choose` reads it per
+batch; `quotas` balances a batch; `intervals` turns quotas into what each rank sends and receives;
+`load` keeps the counters.
 Knows no policy and starts no communication.
 """
 
@@ -11,6 +12,7 @@ from torch_eplb.routing.choose import (
     count_hits,
     order_by_id,
 )
+from torch_eplb.routing.ids import PADDING, logical_ids, narrow, zero_compute
 from torch_eplb.routing.intervals import (
     DispatchPlan,
     choose_locally,
@@ -22,6 +24,7 @@ from torch_eplb.routing.quotas import solve_quotas
 from torch_eplb.routing.tables import RoutingTables
 
 __all__ = [
+    "PADDING",
     "DispatchPlan",
     "LoadCounters",
     "RoutingTables",
@@ -31,7 +34,10 @@ __all__ = [
     "choose_locally",
     "count_hits",
     "interval_counts",
+    "logical_ids",
+    "narrow",
     "order_by_id",
     "plan_dispatch",
     "solve_quotas",
+    "zero_compute",
 ]

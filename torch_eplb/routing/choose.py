@@ -2,6 +2,9 @@
 
 Runs once per layer and step, so: no host sync, no Python loop over experts, no shape that depends
 on data, and as few operations as possible. Suffixes are those of `torch_eplb.routing.tables`.
+
+Logical ids are what `torch_eplb.routing.ids.logical_ids` gives: int64 in 0..E, where E is the bin
+of choices that go to no slot. Their physical id is R * S, the bin behind all slots.
 """
 
 from __future__ import annotations
@@ -16,28 +19,24 @@ __all__ = ["choose_by_quota", "choose_from_table", "count_hits", "order_by_id"]
 
 
 def count_hits(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
-    """How many tokens chose each expert.
+    """How many tokens chose each expert; whoever is in the bin is not counted.
 
     Args:
-        topk_ids_TK: int64 ``[tokens, top-k]``, logical ids in ``0 .. num_experts - 1``.
-        num_experts: logical experts.
+        topk_ids_TK: integers ``[tokens, top-k]``, ids in ``0 .. num_experts``, the bin's included.
+        num_experts: logical experts (or slots, or ranks: whatever the ids are).
 
     Returns:
         int64 ``[experts]``.
 
-    >>> count_hits(torch.tensor([[0, 2], [2, 3]]), 4).tolist()
+    >>> count_hits(torch.tensor([[0, 2], [2, 3], [4, 4]]), 4).tolist()
     [1, 0, 2, 1]
     """
     ids_N = topk_ids_TK.reshape(-1).long()
     if on_host(ids_N):
-        hits = np.bincount(ids_N.numpy(), minlength=num_experts)
-        if len(hits) > num_experts:
-            raise ValueError(
-                f"the router chose expert {len(hits) - 1}, but there are {num_experts} experts"
-            )
-        return torch.from_numpy(hits)
+        return torch.from_numpy(np.bincount(ids_N.numpy(), minlength=num_experts)[:num_experts])
     # Not torch.bincount: on CUDA it reads the largest id back to size its result.
-    return ids_N.new_zeros(num_experts).scatter_add_(0, ids_N, torch.ones_like(ids_N))
+    hits = ids_N.new_zeros(num_experts + 1).scatter_add_(0, ids_N, torch.ones_like(ids_N))
+    return hits[:num_experts]
 
 
 def choose_from_table(topk_ids_TK: Tensor, choice_EP: Tensor) -> Tensor:
@@ -47,7 +46,8 @@ def choose_from_table(topk_ids_TK: Tensor, choice_EP: Tensor) -> Tensor:
 
     Args:
         topk_ids_TK: int64 ``[tokens, top-k]``, logical ids.
-        choice_EP: int64 ``[experts, P]``, physical ids (`RoutingTables.choice_LEP` of a layer).
+        choice_EP: int64 ``[experts + 1, P]``, physical ids (`RoutingTables.choice_LBP` of a
+            layer). Without its last row, the bin's, no id may be in the bin.
 
     Returns:
         int64 ``[tokens, top-k]``: ``choice_EP[id, t % P]`` for token t.
@@ -67,7 +67,12 @@ def choose_from_table(topk_ids_TK: Tensor, choice_EP: Tensor) -> Tensor:
 
 
 def choose_by_quota(
-    topk_ids_TK: Tensor, quotas_EM: Tensor, slots_EM: Tensor, offset_E: Tensor | None = None
+    topk_ids_TK: Tensor,
+    quotas_EM: Tensor,
+    slots_EM: Tensor,
+    offset_E: Tensor | None = None,
+    *,
+    bin_id: int = -1,
 ) -> Tensor:
     """Physical ids, so that every replica gets exactly its quota.
 
@@ -81,6 +86,7 @@ def choose_by_quota(
         slots_EM: int64 ``[experts, M]``, physical ids (`RoutingTables.slots_LEM` of a layer).
         offset_E: int64 ``[experts]``, where this source's tokens begin in the global order when
             the quotas are those of all sources together; rows then sum to the tokens of all.
+        bin_id: the physical id of choices that go to no slot.
 
     Returns:
         int64 ``[tokens, top-k]``.
@@ -98,15 +104,18 @@ def choose_by_quota(
         counts_E = count_hits(topk_ids_TK, quotas_EM.shape[0])
         quotas_EM = _own_quotas(quotas_EM, offset_E, counts_E)
     if on_host(ids_N):
-        chosen = np.empty(ids_N.shape[0], dtype=np.int64)
-        chosen[stable_order(ids_N.numpy())] = np.repeat(
-            slots_EM.numpy().reshape(-1), quotas_EM.numpy().reshape(-1)
-        )
+        chosen = np.full(ids_N.shape[0], bin_id, dtype=np.int64)
+        by_slot = np.repeat(slots_EM.numpy().reshape(-1), quotas_EM.numpy().reshape(-1))
+        chosen[stable_order(ids_N.numpy())[: len(by_slot)]] = by_slot
         return torch.from_numpy(chosen).view(topk_ids_TK.shape)
     order_N = order_by_id(ids_N)
-    # In the order of experts, replicas' intervals follow one another: no search per token.
+    # In the order of experts, replicas' intervals follow one another: no search per token. The
+    # bin's interval comes last.
+    rest = ids_N.shape[0] - quotas_EM.sum()
     slots_N = torch.repeat_interleave(
-        slots_EM.reshape(-1), quotas_EM.reshape(-1), output_size=ids_N.shape[0]
+        torch.cat((slots_EM.reshape(-1), slots_EM.new_full((1,), bin_id))),
+        torch.cat((quotas_EM.reshape(-1), rest.view(1))),
+        output_size=ids_N.shape[0],
     )
     return torch.empty_like(ids_N).scatter_(0, order_N, slots_N).view(topk_ids_TK.shape)
 

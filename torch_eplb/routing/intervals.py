@@ -32,7 +32,7 @@ class DispatchPlan(NamedTuple):
 
     Attributes:
         order_N: int64 on the device of the ids, flat positions (token * K + choice) in the order of
-            sending: by destination rank, then slot, then position.
+            sending: by destination rank, then slot, then position. Those in the bin are left out.
         send_RS: int64 on the host, choices that this rank sends to each slot of each rank.
         receive_RS: int64 on the host, choices that this rank's slots receive from each source.
     """
@@ -43,22 +43,30 @@ class DispatchPlan(NamedTuple):
 
 
 def choose_locally(
-    topk_ids_TK: Tensor, counts_E: Tensor, slots_EM: Tensor, num_ranks: int, slots_per_rank: int
+    topk_ids_TK: Tensor,
+    counts_E: Tensor,
+    slots_EM: Tensor,
+    num_ranks: int,
+    slots_per_rank: int,
+    solver_EM: Tensor | None = None,
 ) -> Tensor:
     """Physical ids that balance this batch alone over all ranks.
 
     Without communication: parts that are balanced one by one add up to a balanced whole. A
-    function of the ids and the table only.
+    function of the ids and the tables only.
 
     Args:
         topk_ids_TK: int64 ``[tokens, top-k]``, logical ids.
         counts_E: int64 ``[experts]``, their `count_hits`.
-        slots_EM: int64 ``[experts, M]``, physical ids padded with -1.
+        slots_EM: int64 ``[experts, M]``, physical ids padded with -1. Where it makes no difference
+            to the balance, an expert's first replicas get the tokens.
         num_ranks: R.
         slots_per_rank: S.
+        solver_EM: the same with ranks renamed so that rows ascend (`RoutingTables.solver_LEM` of a
+            layer); None where they do.
 
     Returns:
-        int64 ``[tokens, top-k]``.
+        int64 ``[tokens, top-k]``; R * S for choices that are in the bin.
 
     >>> from torch_eplb.routing import count_hits
     >>> slots = torch.tensor([[0, 3], [1, -1], [2, -1]])   # 2 ranks of 2 slots
@@ -66,8 +74,10 @@ def choose_locally(
     >>> choose_locally(ids, count_hits(ids, 3), slots, 2, 2).flatten().tolist()
     [0, 0, 2, 0, 3]
     """
-    quotas_EM = solve_quotas(counts_E, slots_EM, num_ranks, slots_per_rank)
-    return choose_by_quota(topk_ids_TK, quotas_EM, slots_EM)
+    seen_EM = slots_EM if solver_EM is None else solver_EM
+    quotas_EM = solve_quotas(counts_E, seen_EM, num_ranks, slots_per_rank)
+    bin_id = num_ranks * slots_per_rank
+    return choose_by_quota(topk_ids_TK, quotas_EM, slots_EM, bin_id=bin_id)
 
 
 def plan_dispatch(
@@ -114,8 +124,9 @@ def plan_dispatch(
     ids_N = topk_ids_TK.reshape(-1).long()
     # Rows sorted by expert hold what goes to one slot in one piece: the shift says where.
     pieces = torch.from_numpy(np.stack((shift, sent))).to(ids_N.device, non_blocking=True)
-    begin_N = torch.repeat_interleave(pieces[0], pieces[1], output_size=ids_N.shape[0])
-    begin_N += torch.arange(ids_N.shape[0], device=ids_N.device)
+    num_sent = int(sent.sum())
+    begin_N = torch.repeat_interleave(pieces[0], pieces[1], output_size=num_sent)
+    begin_N += torch.arange(num_sent, device=ids_N.device)
     order_N = order_by_id(ids_N).gather(0, begin_N)
     return DispatchPlan(
         order_N,

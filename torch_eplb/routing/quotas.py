@@ -36,8 +36,8 @@ def solve_quotas(counts_E: Tensor, slots_EM: Tensor, num_ranks: int, slots_per_r
     Args:
         counts_E: int64 ``[experts]``, tokens of each expert in the batch; their sum must stay
             below 2^42.
-        slots_EM: int64 ``[experts, M]``, physical ids of the replicas, padded with -1; an
-            expert's replicas sit on different ranks (`RoutingTables.slots_LEM` of a layer).
+        slots_EM: int64 ``[experts, M]``, physical ids of the replicas, ascending, padded with -1;
+            an expert's replicas sit on different ranks (`RoutingTables.solver_LEM` of a layer).
         num_ranks: R.
         slots_per_rank: S.
 

@@ -51,11 +51,15 @@ class RoutingTables:
             the rank, so ranks that share the same tokens (all-reduce dispatch) must not set it.
 
     Attributes:
-        slots_LEM: int64, the physical ids of an expert's live replicas, ascending, one per rank,
-            padded with -1.
+        slots_LEM: int64, the physical ids of an expert's live replicas, one per rank, padded with
+            -1: ascending, or for ``"local"`` as this rank prefers them (see `_preference`).
+        solver_LEM: ``slots_LEM`` with ranks renamed by their place in that order, so that rows
+            ascend again, as `solve_quotas` wants it; the same tensor where rows ascend anyway.
         host_slots_LEM: the same on the host (the same tensor where ``device`` is the CPU).
         choice_LEP: int64 physical ids, or None; token number t of a batch that chose expert e goes
             to ``choice_LEP[l, e, t % P]``.
+        choice_LBP: the same memory with one more row per layer, E, for choices that go to no slot
+            (`torch_eplb.routing.ids`): it holds R * S throughout.
 
     >>> placement = Placement(np.array([[[0, 1], [2, 0]]]), 3)
     >>> tables = RoutingTables(placement, device="cpu", rank=0, replica_choice="even",
@@ -101,16 +105,32 @@ class RoutingTables:
         self.topology = topology
         self.prefer_local = prefer_local
         layers, experts = self.num_layers, self.num_experts
+        self._place_R = np.arange(self.num_ranks)
         self.slots_LEM = torch.full((layers, experts, max_replicas), -1, device=device)
-        self.host_slots_LEM = self.slots_LEM
+        self.solver_LEM = self.host_slots_LEM = self.slots_LEM
+        if replica_choice == "local":
+            self._place_R = _preference(rank, self.num_ranks)
+            self.solver_LEM = torch.full_like(self.slots_LEM, -1)
         if self.slots_LEM.device.type != "cpu":
             self.host_slots_LEM = torch.full((layers, experts, max_replicas), -1)
+        self.choice_LBP: Tensor | None = None
         self.choice_LEP: Tensor | None = None
         if replica_choice in ("table", "even"):
-            self.choice_LEP = torch.zeros(
-                (layers, experts, CHOICE_LENGTH), dtype=torch.int64, device=device
+            bin_id = self.num_ranks * self.num_slots
+            self.choice_LBP = torch.full(
+                (layers, experts + 1, CHOICE_LENGTH), bin_id, dtype=torch.int64, device=device
             )
+            self.choice_LEP = self.choice_LBP[:, :experts]
         self.update(placement, split)
+
+    def tensors(self) -> list[Tensor]:
+        """All that `update` writes on the device, each memory once."""
+        tables = [self.slots_LEM]
+        if self.solver_LEM is not self.slots_LEM:
+            tables.append(self.solver_LEM)
+        if self.choice_LBP is not None:
+            tables.append(self.choice_LBP)
+        return tables
 
     def update(
         self,
@@ -147,23 +167,28 @@ class RoutingTables:
         if not chosen:
             return
         slots = self._live_slots(placement, live, chosen)
-        index = torch.tensor(chosen, device=self.slots_LEM.device)
+        index = torch.tensor(chosen)
         if self.choice_LEP is not None:
             given = None if split is None else split[chosen]
             self._write(self.choice_LEP, index, self._choices(slots, given))
         self._write(self.slots_LEM, index, slots)
         if self.host_slots_LEM is not self.slots_LEM:
-            self._write(self.host_slots_LEM, index.cpu(), slots)
+            self._write(self.host_slots_LEM, index, slots)
+        if self.solver_LEM is not self.slots_LEM:
+            place, slot = self._place_R[slots // self.num_slots], slots % self.num_slots
+            renamed = np.where(slots < 0, -1, place * self.num_slots + slot)
+            self._write(self.solver_LEM, index, renamed)
 
     @staticmethod
     def _write(table: Tensor, index: Tensor, rows: NDArray[np.int64]) -> None:
         # index_copy_ keeps the tensor's identity and writes all layers in one copy.
-        table.index_copy_(0, index, torch.from_numpy(rows).to(table.device))
+        table.index_copy_(0, index.to(table.device), torch.from_numpy(rows).to(table.device))
 
     def _live_slots(
         self, placement: Placement, live: NDArray[np.bool_] | None, layers: list[int]
     ) -> NDArray[np.int64]:
-        """``[layers, E, M]`` physical ids: the first live slot of every expert on every rank."""
+        """``[layers, E, M]`` physical ids: the first live slot of every expert on every rank, in
+        the order of preference."""
         experts = placement.experts[layers].reshape(len(layers), -1)
         position, physical = np.indices(experts.shape).reshape(2, -1)
         expert = experts.reshape(-1).astype(np.int64)
@@ -173,7 +198,7 @@ class RoutingTables:
         # One replica per (layer, expert, rank): their code is unique, and its first slot is kept.
         entry = position * self.num_experts + expert
         codes, first = np.unique(
-            entry * self.num_ranks + physical // self.num_slots, return_index=True
+            entry * self.num_ranks + self._place_R[physical // self.num_slots], return_index=True
         )
         entries = codes // self.num_ranks
         counts = np.bincount(entries, minlength=len(layers) * self.num_experts)
@@ -265,6 +290,18 @@ class RoutingTables:
         left = left.clip(0.0)
         row += left * unsent * _inverse(left.sum(axis=1, keepdims=True))
         return row * ranks
+
+
+def _preference(rank: int, num_ranks: int) -> NDArray[np.int64]:
+    """Each rank's place in the order in which the source ``rank`` prefers replicas, ``[R]``.
+
+    A source that balances its own tokens only has a choice between replicas that it has given
+    equally many. If all sources broke such ties alike, the first replicas would be overloaded when
+    each has but few tokens. So a source takes its own rank first, and then others in an order of
+    its own.
+    """
+    place = np.random.default_rng(rank).permutation(num_ranks)
+    return np.where(place < place[rank], place + 1, place) * (np.arange(num_ranks) != rank)
 
 
 def _inverse(x: NDArray[np.float64]) -> NDArray[np.float64]:
