@@ -11,11 +11,13 @@ import torch
 import torch.distributed as dist
 from support.models import QUICK, ToyModel, skewed_batch
 from support.moving import in_flight, serve_until
-from support.ranks import run_ranks
+from support.ranks import preload, run_ranks
 from torch import nn
 
 import torch_eplb
 from torch_eplb.testing import fake_process_group
+
+preload("transformers.models.qwen3_moe.modeling_qwen3_moe")
 
 
 def inside_ddp(rank: int, world_size: int, outside: bool) -> None:

@@ -38,7 +38,7 @@ def test_every_field_of_stats_is_exported() -> None:
         taken = snapshot(Running())  # type: ignore[arg-type]
         before = list(series(taken))
         changed = {"stalled": "s", "disabled": "d", "stage": "x"}.get(field.name)
-        if field.name in ("par_measured", "par_predicted"):
+        if field.name in ("par_now", "par_measured", "par_predicted"):
             changed = [9.0] * LAYERS  # type: ignore[assignment]
         elif changed is None:
             changed = 99  # type: ignore[assignment]
@@ -54,6 +54,10 @@ def test_values_are_those_of_the_balancer() -> None:
     assert values(taken, "par_measured_ratio") == {("0",): 1.5, ("1",): 1.25, ("2",): 1.0}
     assert values(taken, "par_measured_mean_ratio") == {(): 1.25}
     assert values(taken, "par_predicted_max_ratio") == {(): 1.02}
+    assert values(taken, "par_now_mean_ratio") == {(): 1.5}
+    assert values(taken, "par_now_max_ratio") == {(): 2.0}
+    assert values(taken, "rebalance_age_seconds") == {(): 75.0}
+    assert values(taken, "migration_seconds_total") == {(): 0.5}
     assert values(taken, "received_bytes_total") == {(): 2.0 * 2**20}
     assert values(taken, "stalled") == {(): 0.0}
     assert values(taken, "redundant_experts") == {(): 2.0}
@@ -79,17 +83,10 @@ def test_what_is_not_known_yet_is_left_out() -> None:
     taken = snapshot(Fresh())  # type: ignore[arg-type]
     names = {point.metric.name for point in series(taken)}
     assert "steps_total" in names
-    assert not {n for n in names if n.startswith(("par_", "expert_", "rank_tokens"))}
+    assert not {
+        n for n in names if n.startswith(("par_", "expert_", "rank_tokens", "rebalance_age"))
+    }
     assert all(np.isfinite(point.value) for point in series(taken))
-
-
-def test_what_stats_may_gain_is_exported_when_it_is_there() -> None:
-    taken = snapshot(Running())  # type: ignore[arg-type]
-    assert values(taken, "rebalance_age_seconds") == {}
-    taken.stats.update(seconds_since_rebalance=2.5, migration_seconds=0.5, par_now=[1.0, 2.0, 3.0])
-    assert values(taken, "rebalance_age_seconds") == {(): 2.5}
-    assert values(taken, "migration_seconds_total") == {(): 0.5}
-    assert values(taken, "par_now_mean_ratio") == {(): 2.0}
 
 
 def test_a_metric_with_too_many_series_is_left_out_as_a_whole_and_said_once(

@@ -19,14 +19,15 @@ torch_eplb: 3 layers, 8 experts and 2 redundant ones on 2 ranks of 5 slots
 step 1,234: collecting load
 
 PAR (1 is perfect)          mean      worst layer
+last steps                 1.500  2.000 (layer 2)
 last window                1.250  1.500 (layer 0)
 expected by the last plan  1.010  1.020 (layer 1)
 
-rebalances           3
+rebalances           3, the last 75 s ago
 experts moved        21 in 7 rounds
 this rank's traffic  3.00 MiB sent, 2.00 MiB received
 staging              512 KiB used at most of 1.00 MiB
-time                 0.25 s planning beside the model, 1.50 s at step boundaries
+time                 0.25 s planning beside the model, 1.50 s at step boundaries (0.50 s moving)
 faults               plans failed: 1, planner restarts: 2, rebalances abandoned: 0
 
 layers

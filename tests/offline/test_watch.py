@@ -58,12 +58,14 @@ def test_the_table_shows_balance_moves_cost_and_faults(shown: Any) -> None:
     for words in (
         "torch_eplb, rank 0",
         "step 1,234: collecting load",
+        "last steps                 1.500        2.000",
         "last window                1.250        1.500",
         "expected by the last plan  1.010        1.020",
+        "3, the last 75 s ago",
         "21 in 7 rounds",
         "3.00 MiB sent, 2.00 MiB received",
         "512 KiB used at most of 1.00 MiB",
-        "0.25 s planning, 1.50 s at step boundaries",
+        "0.25 s planning, 1.50 s at step boundaries (0.50 s moving)",
         "plans failed: 1, planner restarts: 2, rebalances abandoned: 0",
     ):
         assert words in text
@@ -156,7 +158,7 @@ def test_speed_and_the_course_of_par_come_from_what_was_seen() -> None:
     history = _History()
     assert (history.rate, history.sparks) == ("", "")
     for second, (step, par) in enumerate([(0, 2.0), (50, 1.5), (100, 1.0)]):
-        source = Running(step=step, par_measured=[par] * 3)
+        source = Running(step=step, par_now=[par] * 3)
         history.note(reader_of(source), float(second))
     assert history.rate == " (50.0 per second)"
     assert history.sparks == "█▅▁"

@@ -18,8 +18,10 @@ STATS = Stats(
     step=1234,
     stage="collecting load",
     rebalances=3,
+    seconds_since_rebalance=75.0,
     placement_version=7,
     experts_moved=21,
+    par_now=[1.0, 1.5, 2.0],
     par_measured=[1.5, 1.25, 1.0],
     par_predicted=[1.01, 1.02, 1.0],
     bytes_sent=3 * 2**20,
@@ -28,6 +30,7 @@ STATS = Stats(
     staging_bytes_peak=2**19,
     plan_seconds=0.25,
     hook_seconds=1.5,
+    migration_seconds=0.5,
     plans_failed=1,
     planner_restarts=2,
     rebalances_abandoned=0,
@@ -65,6 +68,7 @@ class Fresh(Running):
         nothing = [math.nan] * LAYERS
         super().__init__(
             window=False, step=3, rebalances=0, placement_version=0, experts_moved=0,
+            seconds_since_rebalance=None, migration_seconds=0.0, par_now=nothing,
             par_measured=nothing, par_predicted=nothing, plans_failed=0, planner_restarts=0,
         )  # fmt: skip
 

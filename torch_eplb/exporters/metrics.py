@@ -194,6 +194,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("par_now_mean_ratio", "gauge", "1",
            "Peak-to-average ratio of rank load over the last steps, mean over layers.",
            (), _over_layers("par_now", np.nanmean)),
+    Metric("par_now_max_ratio", "gauge", "1",
+           "Peak-to-average ratio of rank load over the last steps, worst layer.",
+           (), _over_layers("par_now", np.nanmax)),
     Metric("par_now_ratio", "gauge", "1",
            "Peak-to-average ratio of rank load over the last steps.",
            ("layer",), _layers("par_now")),
@@ -240,7 +243,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("hook_seconds_total", "counter", "s",
            "Time that this rank's host spent at step boundaries.", (), _stat("hook_seconds")),
     Metric("migration_seconds_total", "counter", "s",
-           "Time by which migration lengthened this rank's forwards.",
+           "Time that this rank's host spent at step boundaries with experts to move.",
            (), _stat("migration_seconds")),
     # Faults.
     Metric("plans_failed_total", "counter", "{plan}", "Cycles that ended without a usable plan.",

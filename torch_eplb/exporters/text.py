@@ -71,8 +71,7 @@ def _balance(stats: Stats) -> list[str]:
         ("last window", "par_measured"),
         ("expected by the last plan", "par_predicted"),
     ):
-        # Balancers differ in what they tell: `par_now` is not in every Stats.
-        values = np.asarray(getattr(stats, name, None) or [], dtype=np.float64)
+        values = np.asarray(getattr(stats, name), dtype=np.float64)
         if np.isfinite(values).any():
             worst = int(np.nanargmax(values))
             at = f"{values[worst]:.3f} (layer {worst})"
@@ -83,17 +82,17 @@ def _balance(stats: Stats) -> list[str]:
 
 
 def _totals(stats: Stats) -> list[str]:
-    age = getattr(stats, "seconds_since_rebalance", None)
-    lost = getattr(stats, "migration_seconds", None)
+    age = stats.seconds_since_rebalance
+    last = "" if age is None else f", the last {age:,.0f} s ago"
     rows = [
-        ("rebalances", f"{stats.rebalances:,}" + (f", the last {age:,.0f} s ago" if age else "")),
+        ("rebalances", f"{stats.rebalances:,}{last}"),
         ("experts moved", f"{stats.experts_moved:,} in {stats.placement_version:,} rounds"),
         ("this rank's traffic", f"{human_bytes(stats.bytes_sent)} sent, "
          f"{human_bytes(stats.bytes_received)} received"),
         ("staging", f"{human_bytes(stats.staging_bytes_peak)} used at most of "
          f"{human_bytes(stats.staging_bytes)}"),
         ("time", f"{stats.plan_seconds:.2f} s planning beside the model, {stats.hook_seconds:.2f} s"
-         " at step boundaries" + (f", {lost:.2f} s lost to migration" if lost is not None else "")),
+         f" at step boundaries ({stats.migration_seconds:.2f} s moving)"),
         ("faults", f"plans failed: {stats.plans_failed}, planner restarts: "
          f"{stats.planner_restarts}, rebalances abandoned: {stats.rebalances_abandoned}"),
     ]  # fmt: skip

@@ -19,9 +19,8 @@ S slots per rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -36,6 +35,7 @@ from torch_eplb.layers.collectives import (
 )
 from torch_eplb.layers.context import LayerContext, Trips, recomputing
 from torch_eplb.layers.experts import ExpertLayer
+from torch_eplb.layers.graphs import note_traced, outside_graphs
 from torch_eplb.routing import (
     PADDING,
     choose_from_table,
@@ -49,18 +49,6 @@ from torch_eplb.routing import (
 )
 from torch_eplb.values.choices import DispatchKind, DispatchName
 from torch_eplb.values.errors import EPLBError
-
-_Hook = TypeVar("_Hook", bound=Callable[..., Any])
-
-
-def _outside_graphs(hook: _Hook) -> _Hook:
-    """Run eagerly: sizes that depend on the data must reach the host, so graphs break here.
-
-    The mark that ``torch.compiler.disable`` sets, without its import of the compiler (seconds).
-    """
-    hook._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return hook
-
 
 __all__ = ["BoundToRanks", "Dispatch", "make_dispatch"]
 
@@ -117,9 +105,15 @@ class Dispatch(BoundToRanks):
     ) -> Any:
         raise NotImplementedError
 
-    def _call_roster(self) -> None:
-        """Where several models are wrapped: make sure that all ranks are in this one."""
-        self.context.roster.call(self.context.position.at(self.index))
+    def _begin(self) -> None:
+        """Note that the layer is entered, and make sure that all ranks are in this model."""
+        position = self.context.position
+        if torch.compiler.is_compiling():
+            note_traced(position.number)
+            return
+        position.count_entry()
+        if self.returns:
+            self.context.roster.call(position.at(self.index))
 
     def visit(self) -> None:
         """Enter the layer without tokens, for other ranks that have some.
@@ -238,12 +232,12 @@ class AllToAll(Dispatch):
         self._trips: Trips[_Trip] = Trips(layer.name)
         self._empty: tuple[torch.Tensor, ...] | None = None  # a call without tokens
 
-    @_outside_graphs
+    @outside_graphs
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden_TH, router_ids, weights_TK = self._read(args, kwargs)
-        self._call_roster()
+        self._begin()
         if self._empty is None:
             self._empty = tuple(x[:0].detach() for x in (hidden_TH, router_ids, weights_TK))
         with torch.no_grad():
@@ -320,7 +314,7 @@ class AllToAll(Dispatch):
         names = (spec.hidden_states, spec.expert_ids, spec.expert_weights)
         self.layer.module(**dict(zip(names, self._empty, strict=True)))
 
-    @_outside_graphs
+    @outside_graphs
     def after(
         self,
         module: nn.Module,
@@ -403,8 +397,7 @@ class AllReduce(Dispatch):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         comm, num_slots = self.context.comm, self.context.tables.num_slots
         spec, arguments = self.layer.spec, self.layer.arguments
-        if not torch.compiler.is_compiling():
-            self._call_roster()
+        self._begin()
         ids = arguments.get(spec.expert_ids, args, kwargs)
         ids_TK = self._logical(ids.flatten(0, -2))
         counted_T = self._tokens(len(ids_TK), args, kwargs)
@@ -443,12 +436,12 @@ class CompactAllReduce(AllReduce):
         super().__init__(layer, index, context)
         self._trips: Trips[_Chosen] = Trips(layer.name)
 
-    @_outside_graphs
+    @outside_graphs
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         comm, num_slots = self.context.comm, self.context.tables.num_slots
-        self._call_roster()
+        self._begin()
         hidden_TH, router_ids, weights_TK = self._read(args, kwargs)
         shape = self._hidden_states(args, kwargs).shape
         ids_TK = self._logical(router_ids)
@@ -464,7 +457,7 @@ class CompactAllReduce(AllReduce):
         self._trips.begin(rows, _Chosen(tokens, shape, identity))
         return self._replace(args, kwargs, rows, local_ids, weights)
 
-    @_outside_graphs
+    @outside_graphs
     def after(
         self,
         module: nn.Module,
@@ -545,6 +538,7 @@ class External(Dispatch):
         spec, arguments = self.layer.spec, self.layer.arguments
         ids = arguments.get(spec.expert_ids, args, kwargs)
         self._require_room(ids.dtype)
+        self._begin()
         ids_TK = self._logical(ids.flatten(0, -2))
         counted_T = self._tokens(len(ids_TK), args, kwargs)
         physical = self._choose(ids_TK, counted_T).view(ids.shape)

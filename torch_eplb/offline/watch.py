@@ -268,8 +268,10 @@ def _totals(rich: _Rich, view: View) -> Any:
     def number(name: str) -> float:
         return view.one(name) or 0.0
 
+    age = view.one("rebalance_age_seconds")
+    last = "" if age is None else f", the last {age:,.0f} s ago"
     rows = (
-        ("rebalances", f"{number('rebalances_total'):,.0f}"),
+        ("rebalances", f"{number('rebalances_total'):,.0f}{last}"),
         ("experts moved", f"{number('experts_moved_total'):,.0f} in "
          f"{number('placement_version'):,.0f} rounds"),
         ("traffic of this rank", f"{human_bytes(number('sent_bytes_total'))} sent, "
@@ -277,7 +279,8 @@ def _totals(rich: _Rich, view: View) -> Any:
         ("staging", f"{human_bytes(number('staging_peak_bytes'))} used at most of "
          f"{human_bytes(number('staging_bytes'))}"),
         ("time", f"{number('planning_seconds_total'):.2f} s planning, "
-         f"{number('hook_seconds_total'):.2f} s at step boundaries"),
+         f"{number('hook_seconds_total'):.2f} s at step boundaries "
+         f"({number('migration_seconds_total'):.2f} s moving)"),
         ("faults", f"plans failed: {number('plans_failed_total'):.0f}, planner restarts: "
          f"{number('planner_restarts_total'):.0f}, rebalances abandoned: "
          f"{number('rebalances_abandoned_total'):.0f}"),

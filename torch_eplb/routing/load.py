@@ -40,10 +40,20 @@ class LoadCounters:
         self._experts = [row[:num_experts] for row in self.values]
         self._ranks = [row[num_experts:] for row in self.values]
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All that is written on the device."""
+        return [self.values, self.recording]
+
     def add(self, layer: int, hits_E: torch.Tensor, sent_R: torch.Tensor) -> None:
         """Count one batch of one layer."""
-        self._experts[layer].addcmul_(hits_E, self.recording)
-        self._ranks[layer].addcmul_(sent_R, self.recording)
+        if torch.compiler.is_compiling():
+            # Rows that were cut before would be further inputs of the graph on the same memory.
+            row = self.values[layer]
+            experts, ranks = row[: self.num_experts], row[self.num_experts :]
+        else:
+            experts, ranks = self._experts[layer], self._ranks[layer]
+        experts.addcmul_(hits_E, self.recording)
+        ranks.addcmul_(sent_R, self.recording)
 
     def set_recording(self, recording: bool) -> None:
         """Whether the coming step is recorded."""
@@ -64,11 +74,14 @@ class SampleWindow:
     Args:
         counters: what is sampled.
         interval: steps of a window.
+
+    Attributes:
+        length: steps of a sub-window.
     """
 
     def __init__(self, counters: LoadCounters, interval: int) -> None:
         self._counters = counters
-        self._length = -(-interval // MAX_SAMPLES)
+        self.length = -(-interval // MAX_SAMPLES)
         self._on_device = counters.values.device.type != "cpu"
         self._copies: list[torch.Tensor] = []
         self._event: torch.Event | None = None
@@ -80,26 +93,34 @@ class SampleWindow:
 
     def step(self, steps_since_start: int) -> None:
         """Called at every step boundary; takes a sample when a sub-window ends."""
-        if steps_since_start > 0 and steps_since_start % self._length == 0:
+        if steps_since_start > 0 and steps_since_start % self.length == 0:
             self._copy()
 
     def finish(self, steps_since_start: int) -> None:
         """The window ends here, in the middle of a sub-window perhaps."""
-        if steps_since_start % self._length:
+        if steps_since_start % self.length:
             self._copy()
-        if self._on_device:
-            self._event = torch.Event(self._counters.values.device)
-            self._event.record()
 
     def _copy(self) -> None:
         values = self._counters.values
         copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=self._on_device)
         copy.copy_(values, non_blocking=True)
         self._copies.append(copy)
+        if self._on_device:
+            self._event = torch.Event(values.device)
+            self._event.record()
 
     def ready(self) -> bool:
         """Whether all copies have arrived on the host."""
         return self._event is None or self._event.query()
+
+    def last(self, copies: int) -> torch.Tensor | None:
+        """int64 ``[layers, ranks]``: tokens by the rank chosen, between the last copy and the one
+        so many before it; None while a copy is under way."""
+        if not self.ready():
+            return None
+        difference = self._copies[-1] - self._copies[-1 - copies]
+        return difference[:, self._counters.num_experts :]
 
     def samples(self) -> torch.Tensor:
         """int64 ``[samples, layers, experts + ranks]`` on the host: sums over the sub-windows."""

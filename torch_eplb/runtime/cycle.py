@@ -6,7 +6,8 @@ all ranks. What a rank cannot know by counting (has everybody's transfer finishe
 planner answered?) is agreed by a tiny all-reduce that is started at one boundary and read at the
 next, so that nobody waits for a message that was not already under way for a whole forward.
 
-    COLLECT  count; at the window's end copies of the counters are under way       (no messages)
+    COLLECT  count, and look at the load now and then; at the window's end copies of the counters
+             are under way
     SAMPLE   every rank has its copies                        -> the load reduction is started
     PLAN     rank 0 has the sum, asks the planner             -> the broadcast is started
     RECEIVE  every rank has the plan
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -40,6 +42,7 @@ from torch_eplb.planner.process import Planner
 from torch_eplb.policies.split import par
 from torch_eplb.routing.load import LoadCounters, SampleWindow, split_samples
 from torch_eplb.runtime.config import Config
+from torch_eplb.runtime.present import PresentPar
 from torch_eplb.values.errors import EPLBError
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Plan
@@ -86,7 +89,9 @@ class RebalanceCycle:
     Attributes:
         stage: the same on all ranks, or they would wait for each other until the time limit.
         par_measured, par_predicted: float ``[layers]``; see `torch_eplb.Stats`.
+        present: PAR over the last steps.
         rebalances, plans_failed, abandoned, plan_seconds: see `torch_eplb.Stats`.
+        rebalanced_at: when the last rebalance ended, by `time.monotonic`; None before the first.
         stalled: why nothing has progressed for long, or None.
     """
 
@@ -114,10 +119,12 @@ class RebalanceCycle:
         self._window = SampleWindow(counters, config.collect_interval)
         self._num_experts = counters.num_experts
         num_layers = counters.values.shape[0]
+        self.present = PresentPar(comm, self._window, num_layers)
         self.par_measured: NDArray[np.float64] = np.full(num_layers, np.nan)
         self.window_load: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
         self.par_predicted: NDArray[np.float64] = np.full(num_layers, np.nan)
         self.rebalances = 0
+        self.rebalanced_at: float | None = None
         self.plans_failed = 0
         self.abandoned = 0
         self.plan_seconds = 0.0
@@ -148,6 +155,7 @@ class RebalanceCycle:
             since = self._waited
             self._window.step(since)
             if since < self._config.collect_interval:
+                self.present.step(since)
                 return
             self._window.finish(since)
             self._window_end = self._position.step
@@ -228,6 +236,7 @@ class RebalanceCycle:
         self._submitted = False
         self._reply: ReceivedPlan | None = None
         self._window.start()
+        self.present.start()
 
     def _enter(self, stage: Stage) -> None:
         self.stage = stage
@@ -350,6 +359,7 @@ class RebalanceCycle:
             self._plan_words = _NOTHING_RECORDED
             return
         self.par_measured = par(rank_load[recorded]).mean(axis=0)
+        self.present.take(rank_load[recorded][-1])
         self.window_load = (load.sum(axis=0), rank_load.sum(axis=0))
         if self._planner is not None:
             self._planner.submit(self._cycle, load[recorded], self._migration.placement)
@@ -438,6 +448,7 @@ class RebalanceCycle:
         migration = self._migration
         if self._reply is not None and not migration.repairing:
             self.rebalances += 1
+            self.rebalanced_at = time.monotonic()
             if self._comm.rank == 0:
                 rounds = migration.rounds[: migration.round]
                 logger.info(

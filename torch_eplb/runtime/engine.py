@@ -31,6 +31,7 @@ from torch_eplb.layers.context import LayerContext, recomputing
 from torch_eplb.layers.dispatch import BoundToRanks, Dispatch, make_dispatch
 from torch_eplb.layers.experts import common_owner
 from torch_eplb.layers.gather import gather_layer
+from torch_eplb.layers.graphs import forget_compiled
 from torch_eplb.layers.position import Position, Progress
 from torch_eplb.layers.roster import Roster
 from torch_eplb.migration.exchange import Exchange, StagingTooSmall
@@ -39,7 +40,7 @@ from torch_eplb.planner.process import Planner
 from torch_eplb.policies.split import even_split
 from torch_eplb.routing import LoadCounters, RoutingTables
 from torch_eplb.runtime import clock
-from torch_eplb.runtime.cycle import RebalanceCycle
+from torch_eplb.runtime.cycle import RebalanceCycle, Stage
 from torch_eplb.runtime.guards import Guards
 from torch_eplb.runtime.prepare import Setup, planner_settings, release
 from torch_eplb.runtime.recording import MapWriter, RecordedSteps, StepRecorder
@@ -82,6 +83,7 @@ class Engine(BoundToRanks):
         recorded: which steps are recorded.
         guards: what keeps others from taking this rank's experts for everybody's.
         tokens: which rows of a forward are counted.
+        written: what a boundary may write on the device, but experts.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -94,6 +96,7 @@ class Engine(BoundToRanks):
         self._hooks: OrderedDict[int, Callable[[CommittedRound], None]] = OrderedDict()
         self._committed: list[CommittedRound] = []
         self._hook_seconds = 0.0
+        self._migration_seconds = 0.0
         on_meta = any(t.is_meta for layer in self.layers for t in layer.tensors())
         self._life = Life.ON_META if on_meta else Life.BALANCING
         self._reason: str | None = None  # why balancing is off, or has failed
@@ -128,6 +131,7 @@ class Engine(BoundToRanks):
                 topology=setup.topology,
                 prefer_local=not config.dispatch_kind.shares_tokens,
             )
+        self.written = [*self._tables.tensors(), *self._counters.tensors()]
         self.exchange = Exchange(self.layers, comm, setup.staging_bytes, config.verify)
         if config.record_path is not None:
             self._recorder = StepRecorder(
@@ -182,6 +186,7 @@ class Engine(BoundToRanks):
             clocked.register_forward_pre_hook(self._before_forward, prepend=True),
             clocked.register_forward_hook(self._after_forward),
         ]
+        forget_compiled()
         # A model that is dropped without close() must leave nothing behind; the planner ends by
         # itself, the groups must be given back.
         self._give_groups_back = weakref.finalize(self, self.comm.close)
@@ -268,7 +273,7 @@ class Engine(BoundToRanks):
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             # In a graph the boundary is one opaque operation that runs at every call.
-            clock.begin_step(self._tables.slots_LEM, self._counters.values, self._number)
+            clock.begin_step(self.written, self._number)
         elif not recomputing():
             self.begin_forward()
 
@@ -290,27 +295,39 @@ class Engine(BoundToRanks):
             self.boundary()
         self.position.progress = Progress.BEGUN
 
-    def boundary(self) -> None:
+    def boundary(self, is_forward: bool = True) -> None:
         """Count one forward, and do what is due before it. Every rank calls it as often.
+
+        Args:
+            is_forward: False for a pass of which the hooks may see nothing.
 
         Raises:
             PeerLostError: a rank died or was silent for ``timeout`` seconds.
-            EPLBError: ranks have made different numbers of forwards.
+            EPLBError: ranks have made different numbers of forwards, or are in different models.
             ValueError: the experts are not those that were wrapped any more, or have grown: then
                 nothing moves from now on, and the next forward is made.
         """
         if _capturing(self.comm.device):
             return
         self.require_weights("run a forward")
+        self.position.begin(is_forward)
         layer = self.guards.check_one()
         if self.life is Life.BALANCING:
             with self._failing():
                 self.exchange.require_room(layer)
         self.catch_up()
+        if self._life is Life.BALANCING and not self.config.overlap:
+            self._call_roster()
         if self.agrees:
             self._pass_boundary()
         self.position.progress = Progress.IDLE
         self._tell_hooks()
+
+    def _call_roster(self) -> None:
+        """Before a boundary that may wait for transfers: where several models are wrapped, make
+        sure that all ranks are in this one, or they would be waited for until the time limit."""
+        if self.position.progress is not Progress.BETWEEN_LAYERS:  # then it waits for nothing
+            self._roster.call(self.position.at(len(self.layers)))
 
     def idle_step(self) -> None:
         """Make a forward without tokens, for other ranks that have some.
@@ -347,7 +364,7 @@ class Engine(BoundToRanks):
 
     def _pass_boundary(self) -> None:
         self.comm.check_process()
-        start = time.perf_counter()
+        start, moving = time.perf_counter(), self._cycle.stage is Stage.MIGRATE
         try:
             with self._failing():
                 if self._recorder is not None and self.position.step > 0:
@@ -357,7 +374,10 @@ class Engine(BoundToRanks):
                 self._counters.set_recording(self.recorded.wants())
         finally:
             self.position.step += 1
-            self._hook_seconds += time.perf_counter() - start
+            took = time.perf_counter() - start
+            self._hook_seconds += took
+            if moving or self._cycle.stage is Stage.MIGRATE:
+                self._migration_seconds += took
 
     # ---- what ranks do together ---------------------------------------------------------------
 
@@ -470,12 +490,15 @@ class Engine(BoundToRanks):
         """State and totals since wrapping."""
         self._notice_loss()
         cycle, migration, exchange = self._cycle, self._migration, self.exchange
+        ended = cycle.rebalanced_at  # by the model's thread; this may be another
         return Stats(
             step=self.position.step,
             stage=cycle.stage.value if self.is_open else "closed",
             rebalances=cycle.rebalances,
+            seconds_since_rebalance=None if ended is None else time.monotonic() - ended,
             placement_version=migration.version,
             experts_moved=migration.experts_moved,
+            par_now=cycle.present.values.tolist(),
             par_measured=cycle.par_measured.tolist(),
             par_predicted=cycle.par_predicted.tolist(),
             bytes_sent=exchange.bytes_sent,
@@ -484,13 +507,14 @@ class Engine(BoundToRanks):
             staging_bytes_peak=exchange.staging_peak,
             plan_seconds=cycle.plan_seconds,
             hook_seconds=self._hook_seconds,
+            migration_seconds=self._migration_seconds,
             plans_failed=cycle.plans_failed,
             planner_restarts=self._planner.restarts if self._planner else 0,
             rebalances_abandoned=cycle.abandoned,
             writes_failed=sum(
                 writer.failures for writer in (self._recorder, self._map_writer) if writer
             ),
-            stalled=cycle.stalled,
+            stalled=cycle.stalled or self.position.stalled,
             disabled=self._reason,
         )
 
@@ -538,6 +562,7 @@ class Engine(BoundToRanks):
         for dispatch in self._dispatches:
             dispatch.remove()
         self.guards.remove()
+        forget_compiled()
         self._roster.leave()
         release(self.layers)
         self.close()

@@ -15,8 +15,12 @@ class Stats:
         step: forwards made. One that raised before it had exchanged anything and the next are one.
         stage: what the rebalance cycle is doing, in words.
         rebalances: plans that were carried out, those included that only changed the split.
+        seconds_since_rebalance: since the last of them ended; None before the first one (per rank).
         placement_version: rounds committed; changes whenever an expert has moved.
         experts_moved: transfers of one expert in one layer.
+        par_now: per layer, PAR over the last steps: ``collect_interval`` / 32 of them, and at least
+            16 (in shorter windows the window's last). While a plan is made and experts move it is
+            not renewed; NaN at first. Same on all ranks, but for a step or two.
         par_measured: per layer, PAR over the last collection window; NaN before the first one.
         par_predicted: per layer, PAR that the last plan expected; NaN before the first one.
         bytes_sent, bytes_received: expert weights that this rank moved (per rank).
@@ -25,6 +29,9 @@ class Stats:
         plan_seconds: time spent planning, in the planner.
         hook_seconds: time this rank's host spent at step boundaries: counting windows, agreement,
             transfers, commits. The layers' own dispatch is not in it (per rank).
+        migration_seconds: the part of it at boundaries with experts to move: how long forwards
+            waited for posting, receiving and committing. What a transfer takes from a forward that
+            it runs beside (bandwidth, cores) is not in it (per rank).
         plans_failed: cycles that ended without a usable plan; the log says why.
         planner_restarts: how often the planner was started again (rank 0's).
         rebalances_abandoned: rebalances given up because a checksum did not match.
@@ -37,8 +44,10 @@ class Stats:
     step: int
     stage: str
     rebalances: int
+    seconds_since_rebalance: float | None
     placement_version: int
     experts_moved: int
+    par_now: list[float]
     par_measured: list[float]
     par_predicted: list[float]
     bytes_sent: int
@@ -47,6 +56,7 @@ class Stats:
     staging_bytes_peak: int
     plan_seconds: float
     hook_seconds: float
+    migration_seconds: float
     plans_failed: int
     planner_restarts: int
     rebalances_abandoned: int

@@ -1,0 +1,84 @@
+"""PAR over the last steps, between one collection window's sum and the next: `PresentPar`."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from torch_eplb.comm.communicator import Communicator
+from torch_eplb.policies.split import par
+from torch_eplb.routing.load import SampleWindow
+
+__all__ = ["LEAST_STEPS", "PresentPar"]
+
+LEAST_STEPS = 16
+"""Steps that are looked at together, at least: a look costs an all-reduce."""
+
+
+class PresentPar:
+    """Looks at the load while it is collected, every `LEAST_STEPS` steps or some more.
+
+    A look is the difference of two copies that the window has taken anyway, summed over ranks by an
+    all-reduce on the control plane. It is started half a look after the second copy, for which
+    nobody waits: a rank whose copy is still under way adds nothing but that it is, and then the
+    look counts nowhere. Which looks are started is the same on all ranks, as steps are.
+
+    Args:
+        comm: what ranks sum by.
+        window: takes the copies.
+        num_layers: MoE layers.
+
+    Attributes:
+        values: float64 ``[layers]``; NaN where nothing is known yet. Where a look counted nothing
+            (dummy batches) it says what it said before. Same on all ranks, but for a step or two.
+    """
+
+    def __init__(self, comm: Communicator, window: SampleWindow, num_layers: int) -> None:
+        self._comm = comm
+        self._window = window
+        self._copies = -(-LEAST_STEPS // window.length)  # of the window, per look
+        self._steps = self._copies * window.length
+        self._sum: torch.Tensor | None = None
+        self._work: dist.Work | None = None
+        self.values: NDArray[np.float64] = np.full(num_layers, np.nan)
+
+    def start(self) -> None:
+        """A window begins; a look at the last one is forgotten."""
+        self._sum, self._work = None, None
+
+    def step(self, steps_since_start: int) -> None:
+        """Called at every boundary inside of a window, on all ranks.
+
+        Raises:
+            PeerLostError: a look that has been under way for a whole look failed, or its time is
+                over.
+        """
+        looks, offset = divmod(steps_since_start, self._steps)
+        due = looks > 0 and offset == self._steps // 2
+        if self._sum is not None and (due or self._comm.has_finished(self._work)):
+            self._read()
+        if due:
+            self._look()
+
+    def take(self, rank_load: NDArray[np.int64]) -> None:
+        """What is known from elsewhere: tokens ``[layers, ranks]`` of the last steps."""
+        counted = rank_load.sum(axis=1) > 0
+        self.values = np.where(counted, par(rank_load), self.values)
+
+    def _look(self) -> None:
+        counted = self._window.last(self._copies)
+        missing = torch.ones(1, dtype=torch.int64) if counted is None else torch.zeros(1).long()
+        if counted is None:
+            counted = torch.zeros((len(self.values), self._comm.num_ranks), dtype=torch.int64)
+        self._sum = torch.cat([missing, counted.reshape(-1)])
+        self._work = dist.all_reduce(self._sum, group=self._comm.control, async_op=True)
+
+    def _read(self) -> None:
+        assert self._sum is not None
+        self._comm.wait_for(self._work, "a look at the load")
+        missing, counted = self._sum[0], self._sum[1:]
+        self._sum, self._work = None, None
+        if not missing:
+            self.take(counted.view(len(self.values), -1).numpy())
