@@ -576,6 +576,9 @@ from torch_eplb.values.plan import Topology
 from torch_eplb.planner.process import Planner, PlannerSettings
 import {module} as policies
 
+# A shell that starts the tests in the background has its children ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def serve():
     global planner
     policy = {policy}

@@ -98,6 +98,14 @@ def test_update_writes_in_place_and_only_the_layers_asked_for() -> None:
         assert torch.equal(now[[1, 3]], fresh[[1, 3]])
 
 
+def test_the_host_has_a_table_of_its_own_where_tokens_are_elsewhere() -> None:
+    old, new = random_placement(3, 2, 8, 4, 3), random_placement(4, 2, 8, 4, 3)
+    tables = make(old, device="meta")
+    assert tables.host_slots_LEM.tolist() == make(old).slots_LEM.tolist()
+    tables.update(new)
+    assert tables.host_slots_LEM.tolist() == make(new).slots_LEM.tolist()
+
+
 def test_a_slot_that_is_not_live_gets_no_tokens() -> None:
     placement = Placement(np.array([[[0, 1], [2, 0], [0, 3]]]), 4)
     live = np.ones((1, 3, 2), dtype=bool)

@@ -123,6 +123,15 @@ class RoutingTables:
             self.choice_LEP = self.choice_LBP[:, :experts]
         self.update(placement, split)
 
+    def tensors(self) -> list[Tensor]:
+        """All that `update` writes on the device, each memory once."""
+        tables = [self.slots_LEM]
+        if self.solver_LEM is not self.slots_LEM:
+            tables.append(self.solver_LEM)
+        if self.choice_LBP is not None:
+            tables.append(self.choice_LBP)
+        return tables
+
     def update(
         self,
         placement: Placement,
@@ -158,13 +167,13 @@ class RoutingTables:
         if not chosen:
             return
         slots = self._live_slots(placement, live, chosen)
-        index = torch.tensor(chosen, device=self.slots_LEM.device)
+        index = torch.tensor(chosen)
         if self.choice_LEP is not None:
             given = None if split is None else split[chosen]
             self._write(self.choice_LEP, index, self._choices(slots, given))
         self._write(self.slots_LEM, index, slots)
         if self.host_slots_LEM is not self.slots_LEM:
-            self._write(self.host_slots_LEM, index.cpu(), slots)
+            self._write(self.host_slots_LEM, index, slots)
         if self.solver_LEM is not self.slots_LEM:
             place, slot = self._place_R[slots // self.num_slots], slots % self.num_slots
             renamed = np.where(slots < 0, -1, place * self.num_slots + slot)
@@ -173,7 +182,7 @@ class RoutingTables:
     @staticmethod
     def _write(table: Tensor, index: Tensor, rows: NDArray[np.int64]) -> None:
         # index_copy_ keeps the tensor's identity and writes all layers in one copy.
-        table.index_copy_(0, index, torch.from_numpy(rows).to(table.device))
+        table.index_copy_(0, index.to(table.device), torch.from_numpy(rows).to(table.device))
 
     def _live_slots(
         self, placement: Placement, live: NDArray[np.bool_] | None, layers: list[int]

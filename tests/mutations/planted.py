@@ -1,0 +1,413 @@
+"""Faults that somebody could make, and the tests that must notice them.
+
+Every entry is a text that stands once in a file of the package, what a careless change would make
+of it, and the tests that fail then: whole files, or single tests where a file takes long.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["FAULTS", "ROOT", "Fault"]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One planted fault.
+
+    Attributes:
+        name: says what is wrong with it.
+        file: below the package.
+        before, after: the text that is replaced, and by what.
+        tests: what pytest is asked to run.
+    """
+
+    name: str
+    file: str
+    before: str
+    after: str
+    tests: tuple[str, ...]
+
+    def plant(self, tree: Path) -> None:
+        """Write the fault into a copy of the tree.
+
+        Raises:
+            ValueError: the text does not stand there exactly once.
+        """
+        path = tree / "torch_eplb" / self.file
+        text = path.read_text()
+        if text.count(self.before) != 1:
+            raise ValueError(
+                f"fault {self.name!r}: its text stands {text.count(self.before)} times in "
+                f"{self.file}, not once; describe it anew in tests/mutations/planted.py"
+            )
+        path.write_text(text.replace(self.before, self.after))
+
+
+def _fault(name: str, file: str, before: str, after: str, *tests: str) -> Fault:
+    return Fault(name, file, before, after, tuple(f"tests/{test}" for test in tests))
+
+
+FAULTS = (
+    # ---- comm ---------------------------------------------------------------------------------
+    _fault(
+        "transfers-not-waited-for",
+        "comm/transport.py",
+        "        if all(work.is_completed() for work in self._works):",
+        "        if True:",
+        "comm",
+    ),
+    _fault(
+        "transfers-not-ordered-before-the-commit",
+        "comm/transport.py",
+        "        for work in self._works:\n            work.wait()",
+        "        pass",
+        "comm",
+    ),
+    _fault(
+        "no-warm-up",
+        "comm/communicator.py",
+        "        self._warm_up()\n",
+        "",
+        "comm",
+    ),
+    _fault(
+        "peers-by-rank-in-the-group",
+        "comm/communicator.py",
+        "return dist.P2POp(dist.isend, tensor, self.global_ranks[peer], self.data)",
+        "return dist.P2POp(dist.isend, tensor, peer, self.data)",
+        "distributed/test_groups.py",
+    ),
+    _fault(
+        "incidents-not-told",
+        "comm/loss.py",
+        'self._store.add("incidents", 1)',
+        "pass",
+        "faults/test_rank_faults.py::test_all_survivors_notice_a_death_at_once_and_name_the_dead_only",
+    ),
+    _fault(
+        "whoever-noticed-is-lost",
+        "comm/loss.py",
+        "        gone -= alive\n",
+        "",
+        "faults/test_rank_faults.py",
+    ),
+    _fault(
+        "settings-not-compared",
+        "comm/agreement.py",
+        "    if differing:",
+        "    if False:",
+        "distributed/test_wrap.py",
+    ),
+    _fault(
+        "errors-of-others-unheard",
+        "comm/agreement.py",
+        "    if failed:",
+        "    if False:",
+        "distributed/test_wrap.py",
+        "distributed/test_writers.py",
+    ),
+    _fault(
+        "forks-communicate",
+        "comm/communicator.py",
+        "        return os.getpid() != self._owner",
+        "        return False",
+        "faults/test_lives.py::test_a_forked_process_is_refused_at_once_and_its_parent_goes_on",
+    ),
+    # ---- runtime ------------------------------------------------------------------------------
+    _fault(
+        "no-check-of-equal-steps",
+        "runtime/cycle.py",
+        "        if least != -minus_most:",
+        "        if False:",
+        "runtime/test_cycle.py",
+    ),
+    _fault(
+        "a-doubted-round-is-committed",
+        "runtime/cycle.py",
+        "        if fault:\n            self._abandon()",
+        "        if False:\n            self._abandon()",
+        "faults/test_balancing_goes_wrong.py",
+    ),
+    _fault(
+        "a-round-is-committed-when-one-rank-has-it",
+        "runtime/cycle.py",
+        "values, op=dist.ReduceOp.MIN, group",
+        "values, op=dist.ReduceOp.MAX, group",
+        "distributed/test_slow_ranks.py",
+        "distributed/test_outputs.py",
+    ),
+    _fault(
+        "plans-applied-at-once",
+        "runtime/cycle.py",
+        "        if self._position.step < self._window_end + self._config.plan_interval:\n"
+        "            return\n",
+        "",
+        "runtime/test_cycle.py",
+    ),
+    _fault(
+        "shared-tokens-counted-by-every-rank",
+        "runtime/cycle.py",
+        "        if self._config.dispatch_kind.shares_tokens:\n"
+        "            # Every rank counted the same tokens.",
+        "        if False:\n            # Every rank counted the same tokens.",
+        "distributed/test_counting.py",
+    ),
+    _fault(
+        "repair-forgotten-when-draining",
+        "runtime/cycle.py",
+        "while self._migration.in_flight or self._migration.must_repair:",
+        "while self._migration.in_flight:",
+        "faults/test_balancing_goes_wrong.py",
+    ),
+    _fault(
+        "steps-in-a-recomputation",
+        "runtime/engine.py",
+        "        elif not recomputing():",
+        "        else:",
+        "distributed/test_counting.py",
+    ),
+    _fault(
+        "graphs-copies-not-told",
+        "runtime/clock.py",
+        "        if passed.data_ptr() != own.data_ptr():",
+        "        if False:",
+        "test_compile.py",
+    ),
+    _fault(
+        "old-compiled-code-kept",
+        "runtime/engine.py",
+        "            clocked.register_forward_hook(self._after_forward),\n        ]\n"
+        "        forget_compiled()\n",
+        "            clocked.register_forward_hook(self._after_forward),\n        ]\n",
+        "test_compile.py",
+    ),
+    # ---- layers -------------------------------------------------------------------------------
+    _fault(
+        "positions-not-compared",
+        "layers/dispatch.py",
+        "            self.context.position.compare(positions)",
+        "            pass",
+        "faults/test_exceptions.py",
+    ),
+    _fault(
+        "recomputations-counted",
+        "layers/dispatch.py",
+        "        if not recomputing():",
+        "        if True:",
+        "distributed/test_counting.py",
+    ),
+    _fault(
+        "rows-outside-of-the-mask-counted",
+        "layers/dispatch.py",
+        "        outside = ~counted_T.unsqueeze(1)",
+        "        outside = (counted_T & ~counted_T).unsqueeze(1)",
+        "distributed/test_counting.py",
+    ),
+    _fault(
+        "narrow-physical-ids",
+        "layers/dispatch.py",
+        "        if torch.iinfo(dtype).max >= largest:\n            return",
+        "        if True:\n            return",
+        "distributed/test_ids.py",
+    ),
+    _fault(
+        "two-models-of-a-group-meet",
+        "layers/roster.py",
+        "        if len(self._models) < 2:",
+        "        if True:",
+        "distributed/test_several_models.py",
+    ),
+    # ---- routing ------------------------------------------------------------------------------
+    _fault(
+        "host-table-of-a-device-not-updated",
+        "routing/tables.py",
+        "            self._write(self.host_slots_LEM, index, slots)",
+        "            pass",
+        "routing",
+    ),
+    _fault(
+        "solver-table-not-updated",
+        "routing/tables.py",
+        "            self._write(self.solver_LEM, index, renamed)",
+        "            pass",
+        "routing/test_tables.py",
+        "routing/test_choose.py",
+    ),
+    _fault(
+        "drained-slots-get-tokens",
+        "routing/tables.py",
+        "            position, physical, expert = position[kept], physical[kept], expert[kept]",
+        "            pass",
+        "routing/test_tables.py",
+    ),
+    _fault(
+        "narrow-arithmetic",
+        "routing/ids.py",
+        "    ids_TK = ids_TK.long()\n    if not on_host(ids_TK):",
+        "    if not on_host(ids_TK):",
+        "routing/test_ids.py",
+    ),
+    _fault(
+        "ids-out-of-bounds-on-a-device",
+        "routing/ids.py",
+        "ids_TK.clamp(max=num_experts).masked_fill(ids_TK < 0, num_experts)",
+        "ids_TK.masked_fill(ids_TK < 0, num_experts)",
+        "routing/test_ids.py",
+    ),
+    _fault(
+        "counts-when-not-recording",
+        "routing/load.py",
+        "        experts.addcmul_(hits_E, self.recording)",
+        "        experts.add_(hits_E)",
+        "distributed/test_wrap.py",
+    ),
+    _fault(
+        "samples-are-levels",
+        "routing/load.py",
+        "        return stacked[1:] - stacked[:-1]",
+        "        return stacked[1:]",
+        "runtime",
+        "distributed/test_exporting.py",
+        "distributed/test_wrap.py",
+    ),
+    _fault(
+        "table-choice-by-rank",
+        "routing/tables.py",
+        "(self.rank * _RANK_PHASE if self.prefer_local else 0.0)",
+        "self.rank * _RANK_PHASE",
+        "routing/test_tables.py",
+        "distributed/test_dispatch.py",
+    ),
+    _fault(
+        "nodes-ignored",
+        "routing/tables.py",
+        "        near = node == self.rank // per_node",
+        "        near = node >= 0",
+        "distributed/test_nodes.py",
+        "routing/test_tables.py",
+    ),
+    _fault(
+        "all-sources-break-ties-alike",
+        "routing/tables.py",
+        "    place = np.random.default_rng(rank).permutation(num_ranks)",
+        "    place = np.arange(num_ranks)",
+        "routing",
+    ),
+    _fault(
+        "offsets-of-sources-ignored",
+        "routing/choose.py",
+        "    first = offset_E.unsqueeze(1)",
+        "    first = 0 * offset_E.unsqueeze(1)",
+        "routing/test_choose.py",
+    ),
+    # ---- migration ----------------------------------------------------------------------------
+    _fault(
+        "sums-not-compared",
+        "migration/exchange.py",
+        "checks = [expected == checksum(tensors) for expected, tensors in self._received_sums]",
+        "checks = [expected == expected for expected, tensors in self._received_sums]",
+        "distributed/test_migration.py",
+    ),
+    _fault(
+        "sums-blind-to-places",
+        "migration/exchange.py",
+        "(sums * place).sum()",
+        "sums.sum()",
+        "distributed/test_migration.py",
+    ),
+    _fault(
+        "staged-experts-not-written",
+        "migration/exchange.py",
+        "                _copy_bytes(slot, landing)",
+        "                pass",
+        "distributed/test_migration.py",
+    ),
+    _fault(
+        "side-stream-not-awaited",
+        "migration/exchange.py",
+        "device_module.current_stream(self._comm.device).wait_stream(self._stream)",
+        "pass",
+        "distributed/test_hccl.py",
+        "distributed/test_migration.py",
+    ),
+    _fault(
+        "transfers-before-the-forward-has-read",
+        "migration/exchange.py",
+        "    stream.wait_stream(module.current_stream(device))",
+        "    pass",
+        "distributed/test_hccl.py",
+        "distributed/test_migration.py",
+    ),
+    _fault(
+        "autograd-not-told",
+        "migration/exchange.py",
+        "            torch.autograd.graph.increment_version(tensor)",
+        "            pass",
+        "distributed/test_versions.py",
+    ),
+    _fault(
+        "routes-after-the-next-forward",
+        "migration/progress.py",
+        "        self._update_tables(changed)",
+        "        pass",
+        "distributed/test_outputs.py",
+    ),
+    _fault(
+        "drained-slots-stay-in-use",
+        "migration/progress.py",
+        "        self._update_tables(self._drain(transfers))",
+        "        self._drain(transfers)",
+        "distributed/test_outputs.py",
+        "distributed/test_migration.py",
+        "runtime",
+    ),
+    _fault(
+        "destroyed-slots-not-repaired",
+        "migration/progress.py",
+        "        self.repairing = bool(rows)",
+        "        self.repairing, rows = False, []",
+        "faults/test_balancing_goes_wrong.py",
+        "distributed/test_migration.py",
+    ),
+    # ---- schedule, planner, policies ----------------------------------------------------------
+    _fault(
+        "sends-unbounded",
+        "schedule/layer_moves.py",
+        "        return self._send_bytes is None or not sent or sent + size <= self._send_bytes",
+        "        return True",
+        "schedule",
+    ),
+    _fault(
+        "far-sources-as-good-as-near-ones",
+        "schedule/layer_moves.py",
+        "            source // self._node_size != target // self._node_size,",
+        "            False,",
+        "schedule",
+    ),
+    _fault(
+        "last-copies-are-drained",
+        "schedule/layer_moves.py",
+        "            self._free[rank].remove(slot)\n            self._last_copies",
+        "            self._last_copies",
+        "schedule",
+    ),
+    # ---- state --------------------------------------------------------------------------------
+    _fault(
+        "aliases-gathered-twice",
+        "state/full.py",
+        "            if id(value) not in gathered:",
+        "            if True:",
+        "distributed/test_full_state.py",
+    ),
+    _fault(
+        "state-loaded-into-moving-experts",
+        "state/full.py",
+        "    balancer.engine.settle()\n    rest",
+        "    rest",
+        "distributed/test_full_state.py",
+    ),
+)

@@ -1,0 +1,33 @@
+"""The list of planted faults is up to date; `python tests/mutations` says who catches them."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # where `python tests/mutations` finds it, too
+
+from planted import FAULTS, ROOT, Fault
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_fault_can_be_planted_and_its_tests_exist(fault: Fault, tmp_path: Path) -> None:
+    (tmp_path / "torch_eplb" / fault.file).parent.mkdir(parents=True)
+    target = tmp_path / "torch_eplb" / fault.file
+    shutil.copy(ROOT / "torch_eplb" / fault.file, target)
+    fault.plant(tmp_path)
+    ast.parse(target.read_text())
+    assert fault.tests
+    for test in fault.tests:
+        path, _, name = test.partition("::")
+        assert (ROOT / path).exists(), test
+        assert f"def {name}(" in (ROOT / path).read_text() if name else True, test
+
+
+def test_names_are_their_own() -> None:
+    names = [fault.name for fault in FAULTS]
+    assert len(set(names)) == len(names) >= 40
