@@ -178,13 +178,6 @@ FAULTS = (
         "test_compile.py",
     ),
     _fault(
-        "not-all-that-is-written-declared",
-        "runtime/engine.py",
-        "        self.written = [*self._tables.tensors(), *self._counters.tensors()]",
-        "        self.written = self._counters.tensors()",
-        "test_compile.py",
-    ),
-    _fault(
         "old-compiled-code-kept",
         "runtime/engine.py",
         "            clocked.register_forward_hook(self._after_forward),\n        ]\n"
@@ -199,13 +192,6 @@ FAULTS = (
         "            self.context.position.compare(positions)",
         "            pass",
         "faults/test_exceptions.py",
-    ),
-    _fault(
-        "nodes-ignored",
-        "layers/dispatch.py",
-        "                tables.topology.ranks_per_node,",
-        "                comm.num_ranks,",
-        "distributed/test_nodes.py",
     ),
     _fault(
         "recomputations-counted",
@@ -297,6 +283,14 @@ FAULTS = (
         "distributed/test_dispatch.py",
     ),
     _fault(
+        "nodes-ignored",
+        "routing/tables.py",
+        "        near = node == self.rank // per_node",
+        "        near = node >= 0",
+        "distributed/test_nodes.py",
+        "routing/test_tables.py",
+    ),
+    _fault(
         "all-sources-break-ties-alike",
         "routing/tables.py",
         "    place = np.random.default_rng(rank).permutation(num_ranks)",
@@ -378,6 +372,49 @@ FAULTS = (
         "        self.repairing, rows = False, []",
         "faults/test_balancing_goes_wrong.py",
         "distributed/test_migration.py",
+    ),
+    # ---- compiled graphs ----------------------------------------------------------------------
+    _fault(
+        "graphs-write-old-tables-back",
+        "runtime/clock.py",
+        "            passed.copy_(own)",
+        "            pass",
+        "test_compile.py::test_compiled_outputs_are_the_plain_models",
+    ),
+    _fault(
+        "hooks-are-compiled-by-themselves",
+        "layers/graphs.py",
+        "        return disabled(*args, **kwargs)",
+        "        return hook(*args, **kwargs)",
+        "test_compile.py::test_compiled_outputs_are_the_plain_models",
+    ),
+    _fault(
+        "compiled-code-outlives-wrapping",
+        "layers/graphs.py",
+        "        torch.compiler.reset()",
+        "        pass",
+        "test_compile.py::test_a_model_that_ran_compiled_before_it_was_wrapped_runs_the_hooks",
+    ),
+    _fault(
+        "forwards-without-hooks-unnoticed",
+        "layers/position.py",
+        "            self._unseen += 1",
+        "            pass",
+        "test_compile.py::test_forwards_that_run_no_hook_of_a_layer_are_noticed",
+    ),
+    _fault(
+        "entries-without-steps-unnoticed",
+        "layers/position.py",
+        "        self.entries += 1",
+        "        self.entries = 1",
+        "test_compile.py::test_layers_that_are_entered_without_a_step_are_noticed",
+    ),
+    _fault(
+        "autocast-keeps-old-experts",
+        "migration/exchange.py",
+        "        torch.clear_autocast_cache()",
+        "        pass",
+        "test_compile.py::test_autocast_keeps_no_casts_of_experts_that_moved",
     ),
     # ---- schedule, planner, policies ----------------------------------------------------------
     _fault(

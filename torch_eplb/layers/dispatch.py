@@ -45,6 +45,7 @@ from torch_eplb.routing import (
     narrow,
     order_by_id,
     plan_dispatch,
+    zero_compute,
 )
 from torch_eplb.values.choices import DispatchKind, DispatchName
 from torch_eplb.values.errors import EPLBError
@@ -144,6 +145,9 @@ class Dispatch(BoundToRanks):
         weights: torch.Tensor,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         spec = self.layer.spec
+        if spec.needs_two_choices:  # the second is a zero-compute expert: past the local slots
+            ids = pad(ids, (0, 1), value=self.context.tables.num_slots)
+            weights = pad(weights, (0, 1))
         values = {spec.hidden_states: hidden, spec.expert_ids: ids}
         if spec.expert_weights is not None:
             values[spec.expert_weights] = weights
@@ -151,7 +155,19 @@ class Dispatch(BoundToRanks):
 
     def _logical(self, ids_TK: torch.Tensor) -> torch.Tensor:
         """The router's ids as the hot path takes them."""
-        return logical_ids(ids_TK, self.layer.num_experts, layer=self.layer.name)
+        layer = self.layer
+        return logical_ids(ids_TK, layer.num_experts, layer.num_zero_experts, layer.name)
+
+    def _identity(
+        self, hidden_TH: torch.Tensor, router_ids: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor | None:
+        """``[T, H]``: what zero-compute experts add to the output, at home; None without them."""
+        layer = self.layer
+        if not layer.num_zero_experts:
+            return None
+        chosen_TK = zero_compute(router_ids, layer.num_experts, layer.num_zero_experts)
+        share_T = weights_TK.masked_fill(~chosen_TK, 0.0).sum(1, keepdim=True)
+        return (hidden_TH * share_T).to(hidden_TH.dtype)
 
     @property
     def _bin(self) -> int:
@@ -246,7 +262,8 @@ class AllToAll(Dispatch):
         ones = weights_TK.new_ones(num_received, 1)
         local_ids = narrow(local_ids, router_ids.dtype, self.context.tables.num_slots)
         rows, ids, ones = _never_empty(rows, local_ids.view(-1, 1), ones)
-        self._trips.begin(rows, _Trip(order_N, sizes, weights_TK, shape))
+        identity = self._identity(hidden_TH, router_ids, weights_TK)
+        self._trips.begin(rows, _Trip(order_N, sizes, weights_TK, shape, identity))
         return self._replace(args, kwargs, rows, ids, ones)
 
     def _route(
@@ -310,9 +327,9 @@ class AllToAll(Dispatch):
         rows = exchange_rows(output, trip.sizes[1], trip.sizes[0], self.context.comm)
         self.context.position.leave(self.index)
         rows, back_N, weights_TK = _at_home(rows, trip.order_N, trip.weights_TK)
-        results_TKH = rows.index_select(0, back_N).view(*weights_TK.shape, rows.shape[-1])
-        summed = (results_TKH * weights_TK.unsqueeze(-1)).sum(1)
-        return summed.to(output.dtype).view(*trip.shape[:-1], rows.shape[-1])
+        results_TKH = rows.index_select(0, back_N).view(*weights_TK.shape, rows.shape[1:].numel())
+        summed = (results_TKH * weights_TK.unsqueeze(-1)).sum(1).to(output.dtype)
+        return _shaped(summed, trip.identity, trip.shape, output)
 
 
 @dataclass(frozen=True)
@@ -322,12 +339,26 @@ class _Trip:
     Attributes:
         order_N: the choices whose results come back, in that order; fewer than N where some went
             to the bin.
+        identity: what zero-compute experts add.
     """
 
     order_N: torch.Tensor
     sizes: list[list[int]]
     weights_TK: torch.Tensor
     shape: torch.Size
+    identity: torch.Tensor | None
+
+
+def _shaped(
+    summed_TH: torch.Tensor,
+    identity: torch.Tensor | None,
+    shape: torch.Size,
+    output: torch.Tensor,
+) -> torch.Tensor:
+    """The layer's result: rows as the caller's inputs ``shape`` has them, each as in ``output``."""
+    if identity is not None:
+        summed_TH = summed_TH + identity
+    return summed_TH.view(*shape[:-1], *output.shape[1:])
 
 
 def _ranks_of(order_N: torch.Tensor, sent_R: torch.Tensor, ids_TK: torch.Tensor) -> torch.Tensor:
@@ -422,7 +453,8 @@ class CompactAllReduce(AllReduce):
         weights = share_input(weights_TK, comm).reshape(-1)[chosen].view(-1, 1)
         local_ids = narrow(local_N[chosen].view(-1, 1), router_ids.dtype, num_slots)
         rows, local_ids, weights = _never_empty(rows, local_ids, weights)
-        self._trips.begin(rows, _Chosen(tokens, shape))
+        identity = self._identity(hidden_TH, router_ids, weights_TK)
+        self._trips.begin(rows, _Chosen(tokens, shape, identity))
         return self._replace(args, kwargs, rows, local_ids, weights)
 
     @outside_graphs
@@ -435,18 +467,41 @@ class CompactAllReduce(AllReduce):
     ) -> torch.Tensor:
         chosen = self._trips.end(self._hidden_states(args, kwargs))
         output = _without_padding(output, len(chosen.tokens))
-        summed = output.new_zeros((chosen.shape[:-1].numel(), output.shape[-1]))
-        summed = summed.index_add(0, chosen.tokens, output)
+        summed = output.new_zeros((chosen.shape[:-1].numel(), output.shape[1:].numel()))
+        summed = summed.index_add(0, chosen.tokens, output.flatten(1))
         self.context.position.exchanged()
-        return sum_output(summed, self.context.comm).view(*chosen.shape[:-1], output.shape[-1])
+        summed = sum_output(summed, self.context.comm)
+        return _shaped(summed, chosen.identity, chosen.shape, output)
 
 
 @dataclass(frozen=True)
 class _Chosen:
-    """What `CompactAllReduce` keeps: the token of every local choice, and the inputs' shape."""
+    """What `CompactAllReduce` keeps: the token of every local choice, the inputs' shape, and what
+    zero-compute experts add."""
 
     tokens: torch.Tensor
     shape: torch.Size
+    identity: torch.Tensor | None
+
+
+class AskingAllReduce(CompactAllReduce):
+    """The same for modules that may change their mind: asked at each call whether they know it."""
+
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        kind = AllReduce if self.layer.skips_sentinel else CompactAllReduce
+        return kind.before(self, module, args, kwargs)
+
+    def after(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        kind = AllReduce if self.layer.skips_sentinel else CompactAllReduce
+        return kind.after(self, module, args, kwargs, output)
 
 
 def _never_empty(
@@ -471,7 +526,8 @@ def _without_padding(output: torch.Tensor, num_rows: int) -> torch.Tensor:
 class External(Dispatch):
     """The layer dispatches by itself: logical ids are exchanged for physical ids, nothing else.
 
-    It gets them in the dtype of its router's, and -1 for choices that nobody shall compute.
+    It gets them in the dtype of its router's, and -1 for choices that nobody shall compute. Its
+    zero-compute experts, E.. to the router, come after the physical ones: R * S..
     """
 
     returns = False
@@ -487,18 +543,24 @@ class External(Dispatch):
         counted_T = self._tokens(len(ids_TK), args, kwargs)
         physical = self._choose(ids_TK, counted_T).view(ids.shape)
         physical = physical.masked_fill(physical == self._bin, PADDING)
+        if self.layer.num_zero_experts:
+            num_experts = self.layer.num_experts
+            zero = zero_compute(ids, num_experts, self.layer.num_zero_experts)
+            physical = torch.where(zero, ids.long() + (self._bin - num_experts), physical)
         return arguments.replace(args, kwargs, {spec.expert_ids: physical.to(ids.dtype)})
 
     def _require_room(self, dtype: torch.dtype) -> None:
         """Refuse a dtype in which some physical id would be another one."""
-        largest = self._bin - 1
+        largest = self._bin + self.layer.num_zero_experts - 1
         if torch.iinfo(dtype).max >= largest:
             return
+        zero = ", then zero-compute experts" if self.layer.num_zero_experts else ""
         enough = next(d for d in (torch.int16, torch.int32) if torch.iinfo(d).max >= largest)
         raise ValueError(
             f"layer {self.layer.name}: its expert ids are {dtype}, which cannot hold the physical "
             f"ids 0..{largest} of {self.context.comm.num_ranks} ranks with "
-            f"{self.context.tables.num_slots} slots each. Give the layer ids of {enough} or wider"
+            f"{self.context.tables.num_slots} slots each{zero}. "
+            f"Give the layer ids of {enough} or wider"
         )
 
 
@@ -512,8 +574,9 @@ def make_dispatch(
 
 
 def _classes(layer: ExpertLayer) -> dict[DispatchName, type[Dispatch]]:
+    by_sentinel = {True: AllReduce, False: CompactAllReduce, None: AskingAllReduce}
     return {
         "all_to_all": AllToAll,
-        "all_reduce": AllReduce if layer.spec.skips_sentinel else CompactAllReduce,
+        "all_reduce": by_sentinel[layer.spec.skips_sentinel],
         "external": External,
     }
