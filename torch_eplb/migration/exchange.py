@@ -237,6 +237,7 @@ class Exchange:
                 _copy_bytes(slot, landing)
         for layer in self._written_later:
             _tell_autograd(layer)
+        torch.clear_autocast_cache()  # it keeps casts of whole parameters, of the old ones
         self.drop()
 
     def drop(self) -> None:

@@ -116,7 +116,7 @@ class RebalanceCycle:
         self._planner = planner
         self._bounds = bounds
         self._write_map = write_map
-        self._window = SampleWindow(counters, config.collect_interval)
+        self._window = SampleWindow(counters, config.collect_interval, config.window)
         self._num_experts = counters.num_experts
         num_layers = counters.values.shape[0]
         self.present = PresentPar(comm, self._window, num_layers)
@@ -358,8 +358,10 @@ class RebalanceCycle:
         if not recorded.any():
             self._plan_words = _NOTHING_RECORDED
             return
+        if recorded[1:].any():
+            recorded[0] = False  # before the window
         self.par_measured = par(rank_load[recorded]).mean(axis=0)
-        self.present.take(rank_load[recorded][-1])
+        self.present.take(rank_load[recorded][-self._window.samples_per_length :].sum(axis=0))
         self.window_load = (load.sum(axis=0), rank_load.sum(axis=0))
         if self._planner is not None:
             self._planner.submit(self._cycle, load[recorded], self._migration.placement)
