@@ -20,11 +20,8 @@ import torch_eplb
 BUILD = "import setuptools.build_meta as build; print(build.build_{0}('dist'))"
 
 
-@pytest.fixture(scope="module")
-def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from what git knows of, as from a clean clone."""
-    pytest.importorskip("setuptools")
-    folder = tmp_path_factory.mktemp("source")
+def build_sdist(folder: Path) -> Path:
+    """Of what git knows of, as from a clean clone."""
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     known = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=False)
     if known.returncode:
@@ -36,17 +33,15 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "dist" / run("-c", BUILD.format("sdist"), cwd=folder).splitlines()[-1]
 
 
-@pytest.fixture(scope="module")
-def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from the source distribution alone."""
-    folder = tmp_path_factory.mktemp("unpacked")
+def build_wheel(sdist: Path, folder: Path) -> Path:
+    """Of the source distribution alone."""
     with tarfile.open(sdist) as opened:
         opened.extractall(folder, filter="data")
     (source,) = folder.iterdir()
     return source / "dist" / run("-c", BUILD.format("wheel"), cwd=source).splitlines()[-1]
 
 
-def test_the_source_distribution_has_the_pages_and_their_site(sdist: Path) -> None:
+def has_the_pages_and_their_site(sdist: Path) -> None:
     with tarfile.open(sdist) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
     assert {path for path in pages() if not path.startswith("examples/")} <= names
@@ -54,7 +49,7 @@ def test_the_source_distribution_has_the_pages_and_their_site(sdist: Path) -> No
     assert not [name for name in names if name.endswith(".pyc") or name.startswith("tests/")]
 
 
-def test_the_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
+def has_the_package_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as opened:
         names = set(opened.namelist())
     info = f"torch_eplb-{torch_eplb.__version__}.dist-info"
@@ -65,10 +60,20 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
     assert {name for name in names if name.startswith("torch_eplb/")} == ours
 
 
-def test_what_is_installed_runs(wheel: Path, tmp_path: Path) -> None:
-    place = tmp_path / "installed"
+def runs_where_it_is_installed(wheel: Path, folder: Path) -> None:
+    place = folder / "installed"
     run("-m", "pip", "install", "--quiet", "--no-deps", "--target", str(place), str(wheel))
     smoke = ROOT / "tests" / "support" / "smoke.py"
-    environment = {"PYTHONPATH": str(place)}
-    said = run(str(smoke), str(ROOT), cwd=tmp_path, environment=environment)
+    said = run(str(smoke), str(ROOT), cwd=folder, environment={"PYTHONPATH": str(place)})
     assert "collecting load" in said
+
+
+def test_what_is_built_is_whole_and_runs(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    for name in ("source", "unpacked"):
+        (tmp_path / name).mkdir()
+    sdist = build_sdist(tmp_path / "source")
+    has_the_pages_and_their_site(sdist)
+    wheel = build_wheel(sdist, tmp_path / "unpacked")
+    has_the_package_and_nothing_else(wheel)
+    runs_where_it_is_installed(wheel, tmp_path)
