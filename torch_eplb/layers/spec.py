@@ -32,6 +32,7 @@ class LayerSpec:
             buffer of the module whose dim 0 has ``num_experts`` entries.
         skips_sentinel: forward ignores choices whose id equals the number of local experts, so that
             ``dispatch="all_reduce"`` can mark foreign choices without changing any shape.
+        fused: forward is that of fused gated experts, as `register_layer` says.
         token_mask: name of forward's argument that tells tokens from padding, or None.
     """
 
@@ -42,6 +43,7 @@ class LayerSpec:
     tensors: tuple[str, ...] | None = None
     skips_sentinel: bool = False
     token_mask: str | None = None
+    fused: bool = False
 
 
 # transformers' experts classes, by the names of forward's first three arguments.
@@ -63,6 +65,7 @@ def register_layer(
     tensors: Sequence[str] | None = None,
     skips_sentinel: bool = False,
     token_mask: str | None = None,
+    fused: bool = False,
 ) -> None:
     """Tell `torch_eplb.wrap` how to balance experts modules of class ``cls`` (and subclasses).
 
@@ -81,6 +84,12 @@ def register_layer(
         token_mask: forward's argument of shape ``[...]``, bool, one entry per token: rows where it
             is false are padding, which is computed and not counted as load. A caller may leave it
             out or pass None. For masks that do not reach the layer there is ``balancer.tokens``.
+        fused: an expert is ``down_proj(act_fn(gate) * up)`` with ``gate, up`` the halves of
+            ``gate_up_proj``; these are the tensors' names, ``[experts, out, in]`` (with
+            ``is_transposed = True`` ``[experts, in, out]``), ``act_fn`` is SiLU unless the module
+            has one, and a method ``_apply_gate(gate_up)`` goes before it. With ``has_bias = True``
+            there are ``gate_up_proj_bias`` and ``down_proj_bias``. Such experts can be computed
+            with grouped matrix products.
 
     Raises:
         TypeError: ``cls`` is no nn.Module class.
@@ -108,6 +117,7 @@ def register_layer(
         tuple(tensors) if tensors is not None else None,
         skips_sentinel,
         token_mask,
+        fused,
     )
 
 
@@ -133,9 +143,7 @@ class BoundArguments:
 
     def __init__(self, spec: LayerSpec, forward: Callable[..., Any]) -> None:
         self.spec = spec
-        names = list(inspect.signature(forward).parameters)
-        if names and names[0] == "self":
-            names = names[1:]
+        names = list(inspect.signature(forward).parameters)[1:]  # without self, whatever its name
         self._positions = {name: i for i, name in enumerate(names)}
 
     def get(self, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
