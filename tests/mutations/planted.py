@@ -387,6 +387,49 @@ FAULTS = (
         "faults/test_balancing_goes_wrong.py",
         "distributed/test_migration.py",
     ),
+    # ---- compiled graphs ----------------------------------------------------------------------
+    _fault(
+        "graphs-write-old-tables-back",
+        "runtime/clock.py",
+        "            passed.copy_(own)",
+        "            pass",
+        "test_compile.py::test_compiled_outputs_are_the_plain_models",
+    ),
+    _fault(
+        "hooks-are-compiled-by-themselves",
+        "layers/graphs.py",
+        "        return disabled(*args, **kwargs)",
+        "        return hook(*args, **kwargs)",
+        "test_compile.py::test_compiled_outputs_are_the_plain_models",
+    ),
+    _fault(
+        "compiled-code-outlives-wrapping",
+        "layers/graphs.py",
+        "        torch.compiler.reset()",
+        "        pass",
+        "test_compile.py::test_a_model_that_ran_compiled_before_it_was_wrapped_runs_the_hooks",
+    ),
+    _fault(
+        "forwards-without-hooks-unnoticed",
+        "layers/position.py",
+        "            self._unseen += 1",
+        "            pass",
+        "test_compile.py::test_forwards_that_run_no_hook_of_a_layer_are_noticed",
+    ),
+    _fault(
+        "entries-without-steps-unnoticed",
+        "layers/position.py",
+        "        self.entries += 1",
+        "        self.entries = 1",
+        "test_compile.py::test_layers_that_are_entered_without_a_step_are_noticed",
+    ),
+    _fault(
+        "autocast-keeps-old-experts",
+        "migration/exchange.py",
+        "        torch.clear_autocast_cache()",
+        "        pass",
+        "test_compile.py::test_autocast_keeps_no_casts_of_experts_that_moved",
+    ),
     # ---- schedule, planner, policies ----------------------------------------------------------
     _fault(
         "sends-unbounded",

@@ -311,6 +311,18 @@ def own_policy(rank: int, world_size: int) -> Iterator[Names]:
     balancer.close()
 
 
+@contextlib.contextmanager
+def transport(rank: int, world_size: int) -> Iterator[Names]:
+    """A wrapped model, and a function that serves until its experts have moved."""
+    balancer = torch_eplb.wrap(ToyModel(), **QUICK)
+    yield {
+        "balancer": balancer,
+        "serve_until_experts_have_moved": lambda wrapped: serve(wrapped, ToyModel(), rank, 2),
+    }
+    assert balancer.stats().experts_moved > 0
+    balancer.close()
+
+
 class OneTensor(nn.Module):
     """Experts with one tensor each, which are therefore one message each."""
 
@@ -369,6 +381,6 @@ SETUPS: dict[str, Setup] = {
     setup.__name__: setup
     for setup in (
         *(nothing, moved, restart, meta_dcp, pretrained, serving, loop, external, new_weights),
-        *(own_layer, own_policy, unit, files),
+        *(own_layer, own_policy, transport, unit, files),
     )
 }
