@@ -33,6 +33,7 @@ class LayerSpec:
         skips_sentinel: forward ignores choices whose id equals the number of local experts, so that
             ``dispatch="all_reduce"`` can mark foreign choices without changing any shape. None:
             transformers' experts, which do in all implementations but the eager loop.
+        fused: forward is that of fused gated experts, as `register_layer` says.
         token_mask: name of forward's argument that tells tokens from padding, or None.
         num_zero_experts: name of the attribute that holds the number of zero-compute experts, or
             None where there are none.
@@ -49,6 +50,7 @@ class LayerSpec:
     token_mask: str | None = None
     num_zero_experts: str | None = None
     needs_two_choices: bool = False
+    fused: bool = False
 
 
 # transformers' experts classes, by the names of forward's first three arguments.
@@ -71,6 +73,7 @@ def register_layer(
     skips_sentinel: bool = False,
     token_mask: str | None = None,
     num_zero_experts: str | None = None,
+    fused: bool = False,
 ) -> None:
     """Tell `torch_eplb.wrap` how to balance experts modules of class ``cls`` (and subclasses).
 
@@ -93,6 +96,12 @@ def register_layer(
             whose ids are E..E+Z-1 and whose output is their input. They have no slot, are not
             counted, and add weight times input on the rank that has the token; under external
             dispatch their ids follow the last physical one.
+        fused: an expert is ``down_proj(act_fn(gate) * up)`` with ``gate, up`` the halves of
+            ``gate_up_proj``; these are the tensors' names, ``[experts, out, in]`` (with
+            ``is_transposed = True`` ``[experts, in, out]``), ``act_fn`` is SiLU unless the module
+            has one, and a method ``_apply_gate(gate_up)`` goes before it. With ``has_bias = True``
+            there are ``gate_up_proj_bias`` and ``down_proj_bias``. Such experts can be computed
+            with grouped matrix products.
 
     Raises:
         TypeError: ``cls`` is no nn.Module class.
@@ -127,6 +136,7 @@ def register_layer(
         skips_sentinel,
         token_mask,
         num_zero_experts,
+        fused=fused,
     )
 
 
@@ -171,9 +181,7 @@ class BoundArguments:
 
     def __init__(self, spec: LayerSpec, forward: Callable[..., Any]) -> None:
         self.spec = spec
-        names = list(inspect.signature(forward).parameters)
-        if names and names[0] == "self":
-            names = names[1:]
+        names = list(inspect.signature(forward).parameters)[1:]  # without self, whatever its name
         self._positions = {name: i for i, name in enumerate(names)}
 
     def get(self, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

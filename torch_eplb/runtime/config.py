@@ -12,10 +12,12 @@ from torch_eplb.policies.flow import Knobs
 from torch_eplb.policies.registry import POLICIES
 from torch_eplb.values.choices import (
     DISPATCHES,
+    EXPERTS,
     PHASES,
     REPLICA_CHOICES,
     DispatchKind,
     DispatchName,
+    ExpertsName,
     PhaseName,
     PolicyName,
     ReplicaChoice,
@@ -46,6 +48,11 @@ class Config:
     """Which replica a token goes to. "batch": the split is solved for every batch and layer on
     global counts. "local": each rank solves it for its own tokens. "table": the planner's shares.
     "even": replicas in turn. None: "local" for dispatch="external", else "batch"."""
+
+    experts: ExpertsName = "auto"
+    """Who computes experts. "module": the module's own forward. "grouped": two grouped matrix
+    products on the rows as they arrive, for fused gated experts. "auto": grouped where the class,
+    the dtype and the device allow it and the model selects no implementation of its own."""
 
     policy: PolicyName | Callable[..., Any] = "flow"
     """How placements are planned: "flow", "deepseek", "swift", "flashlb", "random", "static", or a
@@ -151,6 +158,12 @@ class Config:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         self._check_choice("dispatch", DISPATCHES)
+        self._check_choice("experts", EXPERTS)
+        if self.experts == "grouped" and not self.dispatch_kind.communicates:
+            raise ValueError(
+                f"experts='grouped' with dispatch={self.dispatch!r}: there the layer computes its "
+                'experts by itself; use "auto"'
+            )
         self._check_choice("phase", PHASES)
         self._check_replica_choice()
         self._check_policy()

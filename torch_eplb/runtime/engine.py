@@ -32,6 +32,7 @@ from torch_eplb.layers.dispatch import BoundToRanks, Dispatch, make_dispatch
 from torch_eplb.layers.experts import common_owner
 from torch_eplb.layers.gather import gather_layer
 from torch_eplb.layers.graphs import forget_compiled
+from torch_eplb.layers.hooks import capturing
 from torch_eplb.layers.position import Position, Progress
 from torch_eplb.layers.roster import Roster
 from torch_eplb.migration.exchange import Exchange, StagingTooSmall
@@ -169,8 +170,16 @@ class Engine(BoundToRanks):
     def _touch_model(self, setup: Setup) -> None:
         """Shard the experts and install the hooks, on all ranks alike."""
         self._roster = Roster(self.comm, type(self.model).__name__, len(self.layers))
-        context = LayerContext(self.comm, self._tables, self._counters, self.position, self._roster)
+        context = LayerContext(
+            self.comm,
+            self._tables,
+            self._counters,
+            self.position,
+            self._roster,
+            experts=self.config.experts,
+        )
         self.tokens = context.tokens
+        self._traffic = context.traffic
         held = setup.placement.experts[:, self.comm.rank]
         for layer, experts in zip(self.layers, held, strict=True):
             if not setup.already_sharded:
@@ -307,8 +316,8 @@ class Engine(BoundToRanks):
             ValueError: the experts are not those that were wrapped any more, or have grown: then
                 nothing moves from now on, and the next forward is made.
         """
-        if _capturing(self.comm.device):
-            return
+        if capturing(self.comm.device):
+            return  # no step is made
         self.require_weights("run a forward")
         self.position.begin(is_forward)
         layer = self.guards.check_one()
@@ -448,6 +457,11 @@ class Engine(BoundToRanks):
         return self._migration.live
 
     @property
+    def computed_by(self) -> str:
+        """Who computes experts, in words."""
+        return " or ".join(sorted({dispatch.computed_by for dispatch in self._dispatches}))
+
+    @property
     def in_flight(self) -> bool:
         """Whether a round of transfers was posted and has not ended."""
         return self._migration.in_flight
@@ -503,6 +517,8 @@ class Engine(BoundToRanks):
             par_predicted=cycle.par_predicted.tolist(),
             bytes_sent=exchange.bytes_sent,
             bytes_received=exchange.bytes_received,
+            token_rows_sent=self._traffic.rows,
+            token_bytes_sent=self._traffic.nbytes,
             staging_bytes=exchange.staging_bytes,
             staging_bytes_peak=exchange.staging_peak,
             plan_seconds=cycle.plan_seconds,
@@ -567,11 +583,3 @@ class Engine(BoundToRanks):
         release(self.layers)
         self.close()
         self._life = Life.UNWRAPPED
-
-
-def _capturing(device: torch.device) -> bool:
-    """Whether a CUDA (or NPU) graph is being captured: then no step is made."""
-    if device.type == "cpu":
-        return False
-    module = torch.get_device_module(device)
-    return bool(getattr(module, "is_current_stream_capturing", lambda: False)())

@@ -23,6 +23,7 @@ from torch_eplb.comm.agreement import agree
 from torch_eplb.comm.communicator import Communicator, device_of, make_communicator
 from torch_eplb.files.expert_map import read_expert_map
 from torch_eplb.layers.experts import ExpertLayer, find_layers
+from torch_eplb.layers.grouped import why_not
 from torch_eplb.planner.messages import PlannerSettings
 from torch_eplb.runtime.config import Config
 from torch_eplb.values.choices import DispatchKind
@@ -178,6 +179,15 @@ def _inspect(
                 f"layer {layer.name}: its forward takes no expert weights, so only "
                 'dispatch="external" can balance it'
             )
+        if config.experts == "grouped":
+            where = device_of(group) if device.type == "meta" else device
+            reason = why_not(layer.module, layer.spec.fused, config.experts, where)
+            if reason is not None:
+                raise ValueError(
+                    f"experts='grouped': layer {layer.name} cannot be computed so: {reason}. Use "
+                    '"auto" or "module", or register its class with '
+                    "torch_eplb.register_layer(..., fused=True) if it is"
+                )
         for name, tensor in zip(layer.tensor_names, layer.tensors(), strict=True):
             if tensor.device != device:
                 raise ValueError(
