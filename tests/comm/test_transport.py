@@ -57,7 +57,7 @@ def test_what_has_failed_is_complete_and_not_finished(works: list[Late]) -> None
     works[1].failure = RuntimeError("remote error")
     assert not transfer.finished()
     works[1].done = True  # the other one is still under way
-    with pytest.raises(RuntimeError, match="round 3 failed: .*remote error"):
+    with pytest.raises(RuntimeError, match=r"round 3 failed: .*remote error"):
         transfer.finished()
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["count_dtype", "divide", "sort_key", "to_device"]
+__all__ = ["count_dtype", "divide", "remainder", "running_sum", "sort_key", "to_device"]
 
 _NARROW = ("npu",)
 
@@ -27,6 +27,29 @@ def divide(ids: Tensor, by: int) -> Tensor:
     [3, 1]
     """
     return (ids.int() // by).long() if _is_narrow(ids) else ids // by
+
+
+def remainder(ids: Tensor, by: int) -> Tensor:
+    """``ids % by``, int64, likewise.
+
+    >>> remainder(torch.tensor([7, 3]), 2).tolist()
+    [1, 1]
+    """
+    return (ids.int() % by).long() if _is_narrow(ids) else ids % by
+
+
+def running_sum(counts: Tensor, *, out: Tensor) -> None:
+    """The sums of the first 1, 2, ... counts, which fit into 32 bits, into int64 ``out``.
+
+    >>> sums = torch.zeros(3, dtype=torch.int64)
+    >>> running_sum(torch.tensor([2, 0, 3]), out=sums)
+    >>> sums.tolist()
+    [2, 2, 5]
+    """
+    if _is_narrow(counts):
+        out.copy_(counts.int().cumsum(0, dtype=torch.int32))
+    else:
+        torch.cumsum(counts, 0, out=out)
 
 
 def count_dtype(ids: Tensor) -> torch.dtype:

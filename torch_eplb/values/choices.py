@@ -8,11 +8,13 @@ from typing import Literal, TypeAlias, get_args
 
 __all__ = [
     "DISPATCHES",
+    "EXPERTS",
     "PHASES",
     "REPLICA_CHOICES",
     "TRANSPORTS",
     "DispatchKind",
     "DispatchName",
+    "ExpertsName",
     "PhaseName",
     "PolicyName",
     "ReplicaChoice",
@@ -25,6 +27,9 @@ DispatchName: TypeAlias = Literal["all_to_all", "all_reduce", "external"]
 ReplicaChoice: TypeAlias = Literal["batch", "local", "table", "even"]
 """Which replica a token goes to; see `torch_eplb.Config`."""
 
+ExpertsName: TypeAlias = Literal["auto", "module", "grouped"]
+"""Who computes the experts of a slot; see `torch_eplb.Config`."""
+
 PhaseName: TypeAlias = Literal["all", "prefill", "decode"]
 """Which steps are recorded."""
 
@@ -35,6 +40,7 @@ PolicyName: TypeAlias = Literal["flow", "deepseek", "swift", "flashlb", "random"
 """How placements are planned."""
 
 REPLICA_CHOICES: tuple[ReplicaChoice, ...] = get_args(ReplicaChoice)
+EXPERTS: tuple[ExpertsName, ...] = get_args(ExpertsName)
 PHASES: tuple[PhaseName, ...] = get_args(PhaseName)
 TRANSPORTS: tuple[TransportName, ...] = get_args(TransportName)
 

@@ -24,6 +24,8 @@ class Stats:
         par_measured: per layer, PAR over the last collection window; NaN before the first one.
         par_predicted: per layer, PAR that the last plan expected; NaN before the first one.
         bytes_sent, bytes_received: expert weights that this rank moved (per rank).
+        token_rows_sent, token_bytes_sent: tokens on their way to other ranks' experts, and results
+            on their way back, that this rank sent in its forwards (per rank; "all_to_all" only).
         staging_bytes: size of the staging pool.
         staging_bytes_peak: most of it that a round used (per rank).
         plan_seconds: time spent planning, in the planner.
@@ -37,7 +39,8 @@ class Stats:
         rebalances_abandoned: rebalances given up because a checksum did not match.
         writes_failed: loads and maps that could not be written to ``record_path`` and
             ``record_map_path`` (rank 0's).
-        stalled: why nothing has progressed for long, or None.
+        stalled: why nothing has progressed for long, or forwards and MoE layers do not go together;
+            or None.
         disabled: why balancing is off for good, or None.
     """
 
@@ -52,6 +55,8 @@ class Stats:
     par_predicted: list[float]
     bytes_sent: int
     bytes_received: int
+    token_rows_sent: int
+    token_bytes_sent: int
     staging_bytes: int
     staging_bytes_peak: int
     plan_seconds: float
