@@ -121,6 +121,7 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
         parts.append(f"{placement.num_layers} MoE layers of {placement.num_experts} experts")
         parts.append(f"{placement.num_slots} slots per rank")
         parts.append(f"dispatch={engine.config.dispatch!r}")
+        parts.append(f"experts computed by {engine.computed_by}")
         parts.append(f"placement version {stats.placement_version}")
         parts.append(stats.stage)
         parts += [f"{name}: {why}" for name, why in stats.why_not().items()]

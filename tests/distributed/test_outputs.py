@@ -22,10 +22,15 @@ def serve(rank: int, world_size: int, options: dict[str, Any]) -> dict[str, Any]
     tolerance = (
         {"atol": 2e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.1}
     )
-    moving = 0
+    moving = rows = 0
     balancer = torch_eplb.wrap(
         model, collect_interval=6, plan_interval=1, policy="random", timeout=30, **options
     )
+    choices: list[torch.Tensor] = []
+    for layer in model.layers:
+        layer.experts.register_forward_pre_hook(
+            lambda _, args: choices.append(args[1]), prepend=True
+        )
     with torch.no_grad():
         step = 0
         while balancer.stats().rebalances < 3:
@@ -40,15 +45,36 @@ def serve(rank: int, world_size: int, options: dict[str, Any]) -> dict[str, Any]
             moving += before != balancer.stats().placement_version
             torch.testing.assert_close(out, reference(x), **tolerance)
             check_slots(balancer, reference)
+            rows += rows_to_others(balancer, choices)
     stats = balancer.stats()
     assert moving == stats.placement_version > 0
     assert stats.staging_bytes_peak <= stats.staging_bytes
+    if not shared and not options["num_redundant_experts"]:
+        # Every token goes once to each rank that it has something to do with, and comes back.
+        totals = torch.tensor([rows, stats.token_rows_sent, stats.token_bytes_sent])
+        torch.distributed.all_reduce(totals)
+        there = 4 * 16 + 2 * (4 + 4)  # hidden states, and per choice a weight and a slot
+        assert totals.tolist()[1:] == [2 * totals[0], (there + 4 * 16) * totals[0]]
     with torch.no_grad():
         full = balancer.unwrap()
         for a, b in zip(full.state_dict().values(), reference.state_dict().values(), strict=True):
             assert torch.equal(a, b)
         torch.testing.assert_close(full(x), reference(x))
     return {"placement": balancer.placement.experts, "stats": stats}
+
+
+def rows_to_others(balancer: torch_eplb.ExpertLoadBalancer, choices: list[torch.Tensor]) -> int:
+    """Of a forward's choices, one list of ids per layer: tokens times other ranks they go to."""
+    rank, rows = torch.distributed.get_rank(), 0
+    for ids, experts in zip(choices, balancer.placement.experts, strict=True):
+        holder = torch.empty(experts.size, dtype=torch.int64)
+        holder[torch.from_numpy(experts.reshape(-1)).long()] = (
+            torch.arange(experts.size) // experts.shape[1]
+        )
+        ranks = holder[ids] if experts.size == 8 else torch.zeros_like(ids)
+        rows += sum(len(set(chosen) - {rank}) for chosen in ranks.tolist())
+    choices.clear()
+    return rows
 
 
 def check_slots(balancer: torch_eplb.ExpertLoadBalancer, reference: ToyModel) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import page_commands
+from support import page_commands, page_jobs
 from support.page_setups import PRELUDES, SETUPS, run_blocks
 from support.pages import Block, PageError, find_blocks, pages, program, text_of
 from support.programs import ROOT, run
@@ -41,15 +41,19 @@ def all_blocks(language: str) -> list[Block]:
 @pytest.mark.parametrize("page", pages())
 def test_every_block_of_a_page_can_be_tested(page: str) -> None:
     for block in blocks(page):
-        known = PRELUDES if "torchrun" in block.words else SETUPS
+        known = PRELUDES if is_program(block) else SETUPS
         assert block.word("setup") in {None, *known}, f"{block}: there is no such setup"
+
+
+def is_program(block: Block) -> bool:
+    return "torchrun" in block.words or "launched" in block.words
 
 
 def stories() -> list[list[Block]]:
     """Blocks of a page that run in the same setup run in one, in order; programs each by itself."""
     found: dict[Any, list[Block]] = {}
     for block in all_blocks("python"):
-        lone = "torchrun" in block.words or block.word("setup") is None
+        lone = is_program(block) or block.word("setup") is None
         shared = (block.page, block.number("ranks"), block.word("setup"))
         found.setdefault(str(block) if lone else shared, []).append(block)
     return list(found.values())
@@ -62,7 +66,7 @@ def name_of(story: list[Block]) -> str:
 @pytest.mark.parametrize("story", stories(), ids=name_of)
 def test_a_block_of_python_runs(story: list[Block], tmp_path: Path) -> None:
     block = story[0]
-    if "torchrun" in block.words:
+    if is_program(block):
         run_program(block, tmp_path)
         return
     ranks = block.number("ranks")
@@ -75,11 +79,12 @@ def test_a_block_of_python_runs(story: list[Block], tmp_path: Path) -> None:
 def run_program(block: Block, folder: Path) -> None:
     """With torchrun; what replaces a part of a program is as if started by it, which is faster."""
     setup = block.word("setup")
-    ranks, device = block.number("torchrun"), block.word("device")
+    ranks = block.number("torchrun") or block.number("launched")
+    device = block.word("device")
     without_device = device is not None and not has_devices(device, ranks)
     code = program(block, blocks(block.page), without_device=without_device)
     code = (PRELUDES[setup] if setup and without_device else "") + code
-    if "into" in block.words:
+    if "into" in block.words or "launched" in block.words:
         with socket.create_server(("localhost", 0)) as server:
             address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(server.getsockname()[1])}
         codes = [(code, f"{block}'s program", 1)]
@@ -121,6 +126,19 @@ def test_a_block_of_json_is_what_it_is_said_to_be(block: Block) -> None:
     parse_expert_map(block.code, num_layers=layers, num_experts=experts, num_ranks=ranks)
 
 
+@pytest.mark.parametrize("block", all_blocks("bash"), ids=str)
+def test_a_job_of_slurm_can_be_submitted(block: Block, tmp_path: Path) -> None:
+    page_jobs.check_slurm(block.code, tmp_path)
+
+
+@pytest.mark.parametrize("block", all_blocks("yaml"), ids=str)
+def test_a_block_of_yaml_is_what_it_is_said_to_be(block: Block) -> None:
+    if "kubernetes" in block.words:
+        page_jobs.check_kubernetes(block.code)
+    else:
+        page_jobs.check_alerts(block.code)
+
+
 def test_the_readme_is_read_in_a_sitting() -> None:
     assert len(text_of("README.md").splitlines()) <= 200
 
@@ -143,6 +161,7 @@ FENCE = "```"
         ("A sentence.\n\n    python x.py\n", "page.md:3: code is fenced"),
         (f"{FENCE}text\npython x.py\n{FENCE}\n", "looks like code"),
         (f"{FENCE}json\n{{}}\n{FENCE}\n", "say what it is"),
+        (f"{FENCE}yaml\na: 1\n{FENCE}\n", "say what it is: one of"),
         (f"{FENCE}sh\npython x.py\n", "never closed"),
         (f"see {FENCE}sh\n", "a line of its own"),
     ],
@@ -208,6 +227,38 @@ def test_a_command_that_is_wrong_is_found(code: str, message: str) -> None:
     (command,) = page_commands.split(code)
     with pytest.raises((AssertionError, PageError), match=message):
         page_commands.check(command, block, [block, quick])
+
+
+def test_a_job_that_is_wrong_is_found(tmp_path: Path) -> None:
+    (slurm,) = all_blocks("bash")
+    manifest = next(block for block in all_blocks("yaml") if "kubernetes" in block.words)
+    alerts = next(block for block in all_blocks("yaml") if "alerts" in block.words)
+    for old, new, message in (
+        ("--nodes=2", "--noodles=2", "noodles"),
+        ("| head", "| | head", "syntax error"),
+        ("--rdzv-id", "--rdzv-it", "unrecognized arguments"),
+        ("serve.py", "", "required"),
+    ):
+        assert old in slurm.code
+        with pytest.raises(AssertionError, match=message):
+            page_jobs.check_slurm(slurm.code.replace(old, new, 1), tmp_path)
+    for old, new, message in (
+        ("completionMode", "completionMood", "completionMood"),
+        ("subdomain: serve", "subdomain: other", "subdomain"),
+        ("nproc-per-node=8", "nproc-per-nod=8", "unrecognized arguments"),
+        ("job-name: serve", "job-name: server", "selects"),
+    ):
+        assert old in manifest.code
+        with pytest.raises(Exception, match=message):
+            page_jobs.check_kubernetes(manifest.code.replace(old, new, 1))
+    for old, new, message in (
+        ("max(torch_eplb_disabled)", "max(torch_eplb_disabled", "unclosed"),
+        ("par_now_mean", "par_then_mean", "torch_eplb_par_then_mean_ratio"),
+        ("expr:", "expression:", "expr"),
+    ):
+        assert old in alerts.code
+        with pytest.raises(Exception, match=message):
+            page_jobs.check_alerts(alerts.code.replace(old, new, 1))
 
 
 def test_commands_are_split_like_a_shell_splits_them() -> None:

@@ -15,12 +15,12 @@ from torch_eplb.testing import fake_process_group, run_until
 from torch_eplb.values.placement import Placement
 
 
-def other_way_round(load: object, placement: Placement, topology: object) -> Placement:
-    return Placement(placement.experts[:, ::-1].copy(), placement.num_experts)
-
-
 def test_a_plan_waits_for_plan_interval_to_pass() -> None:
     x = skewed_batch(4, 16, 0)
+
+    def other_way_round(load: object, placement: Placement, topology: object) -> Placement:
+        return Placement(placement.experts[:, ::-1].copy(), placement.num_experts)
+
     options = {"policy": other_way_round, "collect_interval": 2, "plan_interval": 300}
     with (
         torch.no_grad(),

@@ -1,4 +1,4 @@
-"""The collectives that bring tokens to experts and back, differentiable."""
+"""The collectives of counts, and of tokens that all ranks hold; these are differentiable."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ import torch.distributed as dist
 
 from torch_eplb.comm.communicator import Communicator, all_gather_single
 
-__all__ = ["all_gather_counts", "exchange_counts", "exchange_rows", "share_input", "sum_output"]
+__all__ = ["all_gather_counts", "exchange_counts", "share_input", "sum_output"]
 
 
 def exchange_counts(counts_RS: torch.Tensor, comm: Communicator) -> torch.Tensor:
     """Row ``r`` goes to rank ``r``; the answer's row ``r`` came from rank ``r``."""
-    comm.check_process()
-    received = torch.empty_like(counts_RS)
-    work = dist.all_to_all_single(received, counts_RS, group=comm.group, async_op=True)
-    comm.wait_in_line(work)
-    return received
+    one = [1] * comm.num_ranks
+    return comm.all_to_all(counts_RS, one, one)
 
 
 def all_gather_counts(counts_E: torch.Tensor, comm: Communicator) -> torch.Tensor:
@@ -28,26 +25,6 @@ def all_gather_counts(counts_E: torch.Tensor, comm: Communicator) -> torch.Tenso
     work = all_gather_single(gathered, counts_E, group=comm.group, async_op=True)
     comm.wait_in_line(work)
     return gathered.view(comm.num_ranks, -1)
-
-
-class _ExchangeRows(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, rows: torch.Tensor, send: list[int], receive: list[int], comm: Communicator
-    ) -> torch.Tensor:
-        ctx.send, ctx.receive, ctx.comm = send, receive, comm
-        return comm.all_to_all(rows, send, receive)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return ctx.comm.all_to_all(grad, ctx.receive, ctx.send), None, None, None
-
-
-def exchange_rows(
-    rows: torch.Tensor, send: list[int], receive: list[int], comm: Communicator
-) -> torch.Tensor:
-    """Send ``send[r]`` rows to rank ``r``, in order; ``receive[r]`` rows come from it."""
-    return _ExchangeRows.apply(rows, send, receive, comm)
 
 
 class _ShareInput(torch.autograd.Function):

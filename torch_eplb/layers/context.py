@@ -14,8 +14,9 @@ from torch_eplb.comm.communicator import Communicator
 from torch_eplb.layers.position import Position
 from torch_eplb.layers.roster import Roster
 from torch_eplb.routing import LoadCounters, RoutingTables
+from torch_eplb.values.choices import ExpertsName
 
-__all__ = ["LayerContext", "TokenMask", "Trips", "recomputing"]
+__all__ = ["LayerContext", "TokenMask", "Traffic", "Trips", "recomputing"]
 
 _Trip = TypeVar("_Trip")
 
@@ -73,6 +74,22 @@ class TokenMask:
         return first & rest[0] if rest else first
 
 
+@dataclass
+class Traffic:
+    """Rows of tokens that this rank has sent to other ranks in its forwards, and their bytes.
+
+    A token on its way to a rank's experts is a row, and so is its result on the way back.
+    """
+
+    rows: int = 0
+    nbytes: int = 0
+
+    def add(self, rows: int, nbytes: int) -> None:
+        """One layer's call."""
+        self.rows += rows
+        self.nbytes += nbytes
+
+
 @dataclass(frozen=True)
 class LayerContext:
     """What the hooks of all layers share.
@@ -84,6 +101,8 @@ class LayerContext:
         position: where this rank is.
         roster: the models of the group.
         tokens: which rows are counted.
+        traffic: what was sent to other ranks.
+        experts: who shall compute experts.
     """
 
     comm: Communicator
@@ -92,6 +111,8 @@ class LayerContext:
     position: Position
     roster: Roster
     tokens: TokenMask = field(default_factory=TokenMask)
+    traffic: Traffic = field(default_factory=Traffic)
+    experts: ExpertsName = "auto"
 
 
 class Trips(Generic[_Trip]):
@@ -114,6 +135,10 @@ class Trips(Generic[_Trip]):
         # A call that raised never came back for its own.
         self._open = [(ref, kept) for ref, kept in self._open if ref() is not None]
         self._open.append((weakref.ref(rows), trip))
+
+    def holds(self, rows: torch.Tensor) -> bool:
+        """Whether there is a trip of a call with ``rows``."""
+        return any(ref() is rows for ref, _ in self._open)
 
     def end(self, rows: torch.Tensor) -> _Trip:
         """The trip of the call with ``rows``, which has returned.

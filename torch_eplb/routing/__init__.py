@@ -2,7 +2,7 @@
 
 `ids` takes what a router gives; `tables` keeps what the placement says; `choose` reads it per
 batch; `quotas` balances a batch; `intervals` turns quotas into what each rank sends and receives;
-`load` keeps the counters.
+`rows` makes one row per token and rank of it; `load` keeps the counters.
 Knows no policy and starts no communication.
 """
 
@@ -21,20 +21,26 @@ from torch_eplb.routing.intervals import (
 )
 from torch_eplb.routing.load import LoadCounters, SampleWindow
 from torch_eplb.routing.quotas import solve_quotas
+from torch_eplb.routing.rows import Arrivals, Departures, arrivals, departures, meet
 from torch_eplb.routing.tables import RoutingTables
 
 __all__ = [
     "PADDING",
+    "Arrivals",
+    "Departures",
     "DispatchPlan",
     "LoadCounters",
     "RoutingTables",
     "SampleWindow",
+    "arrivals",
     "choose_by_quota",
     "choose_from_table",
     "choose_locally",
     "count_hits",
+    "departures",
     "interval_counts",
     "logical_ids",
+    "meet",
     "narrow",
     "order_by_id",
     "plan_dispatch",

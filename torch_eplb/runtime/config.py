@@ -12,10 +12,12 @@ from torch_eplb.policies.flow import Knobs
 from torch_eplb.policies.registry import POLICIES
 from torch_eplb.values.choices import (
     DISPATCHES,
+    EXPERTS,
     PHASES,
     REPLICA_CHOICES,
     DispatchKind,
     DispatchName,
+    ExpertsName,
     PhaseName,
     PolicyName,
     ReplicaChoice,
@@ -47,6 +49,11 @@ class Config:
     global counts. "local": each rank solves it for its own tokens. "table": the planner's shares.
     "even": replicas in turn. None: "local" for dispatch="external", else "batch"."""
 
+    experts: ExpertsName = "auto"
+    """Who computes experts. "module": the module's own forward. "grouped": two grouped matrix
+    products on the rows as they arrive, for fused gated experts. "auto": grouped where the class,
+    the dtype and the device allow it and the model selects no implementation of its own."""
+
     policy: PolicyName | Callable[..., Any] = "flow"
     """How placements are planned: "flow", "deepseek", "swift", "flashlb", "random", "static", or a
     callable ``(load [samples, layers, experts], placement, topology) -> Plan``."""
@@ -61,8 +68,16 @@ class Config:
     max_moves: int | None = None
     """Most experts moved per layer and rebalance (policy "flow"). None: no bound."""
 
+    plan_seconds: float | None = None
+    """Seconds after which the planner's search ends, with the best that it has found (policy
+    "flow"). None: no bound but the search's own."""
+
     collect_interval: int = 600
     """Steps over which load is collected before a plan is made."""
+
+    window: int = 50
+    """Steps at the end of the collection that a plan is made from: load drifts, and what it was
+    long ago misleads. If none of them was recorded, all that was collected counts."""
 
     plan_interval: int = 50
     """Steps after collection before which a plan is not applied."""
@@ -125,6 +140,7 @@ class Config:
         for name, least in (
             ("num_redundant_experts", 0),
             ("collect_interval", 1),
+            ("window", 1),
             ("plan_interval", 0),
             ("layers_per_step", 1),
             ("num_expert_groups", 1),
@@ -142,10 +158,21 @@ class Config:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         self._check_choice("dispatch", DISPATCHES)
+        self._check_choice("experts", EXPERTS)
+        if self.experts == "grouped" and not self.dispatch_kind.communicates:
+            raise ValueError(
+                f"experts='grouped' with dispatch={self.dispatch!r}: there the layer computes its "
+                'experts by itself; use "auto"'
+            )
         self._check_choice("phase", PHASES)
         self._check_replica_choice()
         self._check_policy()
-        Knobs.of(min_gain=self.min_gain, target_par=self.target_par, max_moves=self.max_moves)
+        Knobs.of(
+            min_gain=self.min_gain,
+            target_par=self.target_par,
+            max_moves=self.max_moves,
+            plan_seconds=self.plan_seconds,
+        )
         self._check_timeout()
         for name in ("expert_map", "record_path", "record_map_path"):
             value = getattr(self, name)

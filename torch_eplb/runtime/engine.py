@@ -32,9 +32,10 @@ from torch_eplb.layers.dispatch import BoundToRanks, Dispatch, make_dispatch
 from torch_eplb.layers.experts import common_owner
 from torch_eplb.layers.gather import gather_layer
 from torch_eplb.layers.graphs import forget_compiled
+from torch_eplb.layers.hooks import capturing
 from torch_eplb.layers.position import Position, Progress
 from torch_eplb.layers.roster import Roster
-from torch_eplb.migration.exchange import Exchange
+from torch_eplb.migration.exchange import Exchange, StagingTooSmall
 from torch_eplb.migration.progress import Migration
 from torch_eplb.planner.process import Planner
 from torch_eplb.policies.split import even_split
@@ -169,8 +170,16 @@ class Engine(BoundToRanks):
     def _touch_model(self, setup: Setup) -> None:
         """Shard the experts and install the hooks, on all ranks alike."""
         self._roster = Roster(self.comm, type(self.model).__name__, len(self.layers))
-        context = LayerContext(self.comm, self._tables, self._counters, self.position, self._roster)
+        context = LayerContext(
+            self.comm,
+            self._tables,
+            self._counters,
+            self.position,
+            self._roster,
+            experts=self.config.experts,
+        )
         self.tokens = context.tokens
+        self._traffic = context.traffic
         held = setup.placement.experts[:, self.comm.rank]
         for layer, experts in zip(self.layers, held, strict=True):
             if not setup.already_sharded:
@@ -231,11 +240,18 @@ class Engine(BoundToRanks):
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
-        """An `EPLBError` inside ends balancing."""
+        """An `EPLBError` inside ends balancing; experts that have grown stay where they are."""
         try:
             yield
         except EPLBError as error:
             self._fail(error)
+            raise
+        except StagingTooSmall as error:
+            with self._failing():
+                if self.in_flight:  # posted before they grew; every rank has started it
+                    self._migration.wait()
+            self._migration.give_up()
+            self._turn_off(str(error))
             raise
 
     def require_weights(self, action: str) -> None:
@@ -296,18 +312,31 @@ class Engine(BoundToRanks):
 
         Raises:
             PeerLostError: a rank died or was silent for ``timeout`` seconds.
-            EPLBError: ranks have made different numbers of forwards.
+            EPLBError: ranks have made different numbers of forwards, or are in different models.
+            ValueError: the experts are not those that were wrapped any more, or have grown: then
+                nothing moves from now on, and the next forward is made.
         """
-        if _capturing(self.comm.device):
-            return
+        if capturing(self.comm.device):
+            return  # no step is made
         self.require_weights("run a forward")
         self.position.begin(is_forward)
-        self.guards.check_one()
+        layer = self.guards.check_one()
+        if self.life is Life.BALANCING:
+            with self._failing():
+                self.exchange.require_room(layer)
         self.catch_up()
+        if self._life is Life.BALANCING and not self.config.overlap:
+            self._call_roster()
         if self.agrees:
             self._pass_boundary()
         self.position.progress = Progress.IDLE
         self._tell_hooks()
+
+    def _call_roster(self) -> None:
+        """Before a boundary that may wait for transfers: where several models are wrapped, make
+        sure that all ranks are in this one, or they would be waited for until the time limit."""
+        if self.position.progress is not Progress.BETWEEN_LAYERS:  # then it waits for nothing
+            self._roster.call(self.position.at(len(self.layers)))
 
     def idle_step(self) -> None:
         """Make a forward without tokens, for other ranks that have some.
@@ -428,6 +457,11 @@ class Engine(BoundToRanks):
         return self._migration.live
 
     @property
+    def computed_by(self) -> str:
+        """Who computes experts, in words."""
+        return " or ".join(sorted({dispatch.computed_by for dispatch in self._dispatches}))
+
+    @property
     def in_flight(self) -> bool:
         """Whether a round of transfers was posted and has not ended."""
         return self._migration.in_flight
@@ -483,6 +517,8 @@ class Engine(BoundToRanks):
             par_predicted=cycle.par_predicted.tolist(),
             bytes_sent=exchange.bytes_sent,
             bytes_received=exchange.bytes_received,
+            token_rows_sent=self._traffic.rows,
+            token_bytes_sent=self._traffic.nbytes,
             staging_bytes=exchange.staging_bytes,
             staging_bytes_peak=exchange.staging_peak,
             plan_seconds=cycle.plan_seconds,
@@ -547,11 +583,3 @@ class Engine(BoundToRanks):
         release(self.layers)
         self.close()
         self._life = Life.UNWRAPPED
-
-
-def _capturing(device: torch.device) -> bool:
-    """Whether a CUDA (or NPU) graph is being captured: then no step is made."""
-    if device.type == "cpu":
-        return False
-    module = torch.get_device_module(device)
-    return bool(getattr(module, "is_current_stream_capturing", lambda: False)())

@@ -6,7 +6,13 @@ import os
 from collections.abc import Callable
 from typing import Any, TypedDict
 
-from torch_eplb.values.choices import DispatchName, PhaseName, PolicyName, ReplicaChoice
+from torch_eplb.values.choices import (
+    DispatchName,
+    ExpertsName,
+    PhaseName,
+    PolicyName,
+    ReplicaChoice,
+)
 
 __all__ = ["Options"]
 
@@ -18,11 +24,14 @@ class Options(TypedDict, total=False):
     num_redundant_experts: int
     dispatch: DispatchName
     replica_choice: ReplicaChoice | None
+    experts: ExpertsName
     policy: PolicyName | Callable[..., Any]
     min_gain: float | None
     target_par: float | None
     max_moves: int | None
+    plan_seconds: float | None
     collect_interval: int
+    window: int
     plan_interval: int
     layers_per_step: int
     staging_bytes: int | str | None

@@ -23,6 +23,7 @@ from torch_eplb.comm.agreement import agree
 from torch_eplb.comm.communicator import Communicator, device_of, make_communicator
 from torch_eplb.files.expert_map import read_expert_map
 from torch_eplb.layers.experts import ExpertLayer, find_layers
+from torch_eplb.layers.grouped import why_not
 from torch_eplb.planner.messages import PlannerSettings
 from torch_eplb.runtime.config import Config
 from torch_eplb.values.choices import DispatchKind
@@ -178,6 +179,15 @@ def _inspect(
                 f"layer {layer.name}: its forward takes no expert weights, so only "
                 'dispatch="external" can balance it'
             )
+        if config.experts == "grouped":
+            where = device_of(group) if device.type == "meta" else device
+            reason = why_not(layer.module, layer.spec.fused, config.experts, where)
+            if reason is not None:
+                raise ValueError(
+                    f"experts='grouped': layer {layer.name} cannot be computed so: {reason}. Use "
+                    '"auto" or "module", or register its class with '
+                    "torch_eplb.register_layer(..., fused=True) if it is"
+                )
         for name, tensor in zip(layer.tensor_names, layer.tensors(), strict=True):
             if tensor.device != device:
                 raise ValueError(
@@ -204,6 +214,7 @@ def planner_settings(setup: Setup) -> PlannerSettings:
         "min_gain": config.min_gain,
         "target_par": config.target_par,
         "max_moves": config.max_moves,
+        "plan_seconds": config.plan_seconds,
     }
     return PlannerSettings(
         policy=config.policy,
@@ -238,14 +249,16 @@ def _check_shards(layers: list[ExpertLayer], num_slots: int, dispatch: DispatchK
     """Whether the layers' tensors are sharded already."""
     sharded = set()
     for layer in layers:
-        for name, tensor in zip(layer.tensor_names, layer.tensors(), strict=True):
+        for name, tensor, full in zip(
+            layer.tensor_names, layer.tensors(), layer.full_sizes, strict=True
+        ):
             size = tensor.shape[0] if tensor.dim() else 0
-            if size not in (layer.num_experts, num_slots):
+            if size not in (full, num_slots):
                 raise ValueError(
                     f"layer {layer.name}: {name} has {size} entries on dim 0; expected "
                     f"{layer.num_experts} (all experts) or {num_slots} (this rank's slots)"
                 )
-            sharded.add(size != layer.num_experts)
+            sharded.add(size != full)
     if len(sharded) > 1:
         raise ValueError("some of the model's expert tensors are sharded and others are not")
     if sharded == {True} and dispatch.communicates:

@@ -8,10 +8,12 @@ from typing import Literal, TypeAlias, get_args
 
 __all__ = [
     "DISPATCHES",
+    "EXPERTS",
     "PHASES",
     "REPLICA_CHOICES",
     "DispatchKind",
     "DispatchName",
+    "ExpertsName",
     "PhaseName",
     "PolicyName",
     "ReplicaChoice",
@@ -23,6 +25,9 @@ DispatchName: TypeAlias = Literal["all_to_all", "all_reduce", "external"]
 ReplicaChoice: TypeAlias = Literal["batch", "local", "table", "even"]
 """Which replica a token goes to; see `torch_eplb.Config`."""
 
+ExpertsName: TypeAlias = Literal["auto", "module", "grouped"]
+"""Who computes the experts of a slot; see `torch_eplb.Config`."""
+
 PhaseName: TypeAlias = Literal["all", "prefill", "decode"]
 """Which steps are recorded."""
 
@@ -30,6 +35,7 @@ PolicyName: TypeAlias = Literal["flow", "deepseek", "swift", "flashlb", "random"
 """How placements are planned."""
 
 REPLICA_CHOICES: tuple[ReplicaChoice, ...] = get_args(ReplicaChoice)
+EXPERTS: tuple[ExpertsName, ...] = get_args(ExpertsName)
 PHASES: tuple[PhaseName, ...] = get_args(PhaseName)
 
 

@@ -24,6 +24,8 @@ class Stats:
         par_measured: per layer, PAR over the last collection window; NaN before the first one.
         par_predicted: per layer, PAR that the last plan expected; NaN before the first one.
         bytes_sent, bytes_received: expert weights that this rank moved (per rank).
+        token_rows_sent, token_bytes_sent: tokens on their way to other ranks' experts, and results
+            on their way back, that this rank sent in its forwards (per rank; "all_to_all" only).
         staging_bytes: size of the staging pool.
         staging_bytes_peak: most of it that a round used (per rank).
         plan_seconds: time spent planning, in the planner.
@@ -53,6 +55,8 @@ class Stats:
     par_predicted: list[float]
     bytes_sent: int
     bytes_received: int
+    token_rows_sent: int
+    token_bytes_sent: int
     staging_bytes: int
     staging_bytes_peak: int
     plan_seconds: float
