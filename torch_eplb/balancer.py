@@ -131,11 +131,12 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
     # ---- the step clock -----------------------------------------------------------------------
 
     def step(self) -> None:
-        """Count one forward that the hooks do not see: a replay of a captured CUDA or NPU graph.
+        """Count one forward that the hooks do not see: a replay of a captured CUDA or NPU graph,
+        or a pass through the layers that is not made by calling the model.
 
-        Call it before the replay, on every rank.
+        Call it before the replay or the pass, on every rank.
         """
-        self.engine.boundary()
+        self.engine.boundary(is_forward=False)
 
     def idle_step(self) -> None:
         """Make a forward without tokens: for a rank that has no work while others have some.

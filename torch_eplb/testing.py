@@ -3,7 +3,7 @@
 torch's ``fake`` process group stands for a group of any size: collectives return at once and move
 nothing between ranks. With it, construction, hooks, the step clock, planning (in its real
 process) and the exchange's decisions run as they would on that rank of a real group; what the
-experts of other ranks would have computed is missing from outputs.
+experts of other ranks would have computed is missing from outputs. A test of a model of yours:
 
     def test_my_model_can_be_balanced_on_64_ranks():
         with torch_eplb.testing.fake_process_group(world_size=64, rank=3):

@@ -134,7 +134,7 @@ def main() -> None:
             begin = time.perf_counter()
             for seed in range(instances):
                 load = make(seed, experts)[:, None]
-                x = flow.widen(flow.units(load, ranks), flow.SPREAD["batch"])
+                x = flow.widen(flow.units(load, ranks), flow.SPREAD)
                 reached.append([])
                 for policy in POLICIES:
                     plan = make_policy(policy, min_gain=0.0, target_par=1.0)

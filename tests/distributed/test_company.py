@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.models import QUICK, ToyModel, skewed_batch
-from support.ranks import run_ranks
+from support.ranks import preload, run_ranks
 from torch import nn
 
 import torch_eplb
+
+preload("transformers.models.qwen3_moe.modeling_qwen3_moe")
 
 
 def inside_ddp(rank: int, world_size: int, outside: bool) -> None:

@@ -53,6 +53,7 @@ def masked(rank: int, world_size: int) -> None:
             torch.rand(3, 4, generator=torch.Generator().manual_seed(seed)) < 0.5 for seed in seeds
         ]
         options: dict[str, Any] = {"dispatch": dispatch, "replica_choice": choice}
+        options |= {"collect_interval": 3, "plan_interval": 1000}  # it plans, and waits
         with torch_eplb.wrap(model, num_redundant_experts=4, **options) as balancer:
             with torch.no_grad():
                 for step, (x, mask) in enumerate(zip(batches, masks, strict=True)):
@@ -73,6 +74,13 @@ def masked(rank: int, world_size: int) -> None:
                 before = hits.sum()
                 balancer(batches[0])
                 assert balancer.load()[0].sum() == before + 2 * 12 * 2
+                # A window's load is that of all ranks, whose tokens are the same or each its own.
+                while (window := balancer.window_load()) is None:
+                    balancer(batches[0])
+                expected = counted(reference, batches[:3], masks[:3])
+                if dispatch == "all_to_all":
+                    torch.distributed.all_reduce(expected)
+                assert window[0].tolist() == expected.tolist()
 
 
 def test_rows_outside_of_a_mask_are_computed_and_not_counted() -> None:

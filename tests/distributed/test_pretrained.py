@@ -15,13 +15,15 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from support.models import ToyModel, skewed_batch
 from support.moving import CLOSE, Ordinary, assert_every_slot, in_flight, serve_until, wrap
-from support.ranks import run_ranks
+from support.ranks import preload, run_ranks
 from torch import nn
 
 import torch_eplb
 from torch_eplb.state.materialize import materialize
 from torch_eplb.state.pretrained import load_pretrained
 from torch_eplb.testing import fake_process_group
+
+preload("transformers.models.qwen3_moe.modeling_qwen3_moe")
 
 # ---- transformers' models -----------------------------------------------------------------------
 

@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 import torch
 from support.models import QUICK, ToyModel, skewed_batch
-from support.ranks import run_ranks
+from support.ranks import preload, run_ranks
 
 import torch_eplb
 
+preload("transformers.models.qwen3_moe.modeling_qwen3_moe")
 
-def draft_and_target(experts: int = 8) -> tuple[list[Any], list[Any]]:
+
+def draft_and_target(experts: int = 8, **options: Any) -> tuple[list[Any], list[Any]]:
     models = [ToyModel(2, experts, seed=1), ToyModel(3, 8, seed=2)]
     references = copy.deepcopy(models)
-    return [torch_eplb.wrap(model, **QUICK) for model in models], references
+    return [torch_eplb.wrap(model, **{**QUICK, **options}) for model in models], references
 
 
 def serve_in_turns(rank: int, world_size: int) -> int:
@@ -40,30 +42,36 @@ def test_a_draft_and_a_target_in_the_same_order_are_both_balanced() -> None:
     run_ranks(serve_in_turns, 2)
 
 
-def serve_in_another_order(rank: int, world_size: int, experts: int) -> str:
-    balancers, references = draft_and_target(experts)
-    x = skewed_batch(6, 16, rank)
+def serve_in_another_order(rank: int, world_size: int, experts: int, overlap: bool) -> str:
+    balancers, references = draft_and_target(experts, overlap=overlap)
+    said, step = "", 0
     with torch.no_grad():
         for balancer in balancers:
-            balancer(x)
-        with pytest.raises(torch_eplb.EPLBError, match="different models") as caught:
-            balancers[1 if rank == 1 else 0](x)
-        assert not isinstance(caught.value, torch_eplb.PeerLostError)
-        # Nothing was exchanged, so no step was made: the next forwards take the failed ones' place.
-        for balancer, reference in zip(balancers, references, strict=True):
-            torch.testing.assert_close(balancer(x), reference(x), atol=1e-5, rtol=1e-4)
+            balancer(skewed_batch(6, 16, rank))
+        while not said or min(b.stats().rebalances for b in balancers) < 1:
+            # Also when a rank is about to wait for the others' transfers.
+            x = skewed_batch(6, 16, 100 * step + rank)
+            with pytest.raises(torch_eplb.EPLBError, match="different models") as caught:
+                balancers[1 if rank == 1 else 0](x)
+            assert not isinstance(caught.value, torch_eplb.PeerLostError)
+            said = said or str(caught.value)
+            # Nothing was exchanged, so no step was made: the next forwards take the failed ones'.
+            for balancer, reference in zip(balancers, references, strict=True):
+                torch.testing.assert_close(balancer(x), reference(x), atol=1e-5, rtol=1e-4)
+            step += 1
     for balancer in balancers:
+        assert balancer.stats().step == step + 1
         balancer.close()
-    return str(caught.value)
+    return said
 
 
-@pytest.mark.parametrize("experts", [8, 12])
+@pytest.mark.parametrize(("experts", "overlap"), [(8, True), (12, False)])
 def test_ranks_in_different_models_are_told_on_every_rank_before_a_token_travels(
-    experts: int,
+    experts: int, overlap: bool
 ) -> None:
-    for said in run_ranks(serve_in_another_order, 2, experts):
-        assert "rank 0 in layer 0 of ToyModel (number 0)" in said
-        assert "rank 1 in layer 0 of ToyModel (number 1)" in said
+    for said in run_ranks(serve_in_another_order, 2, experts, overlap):
+        assert "rank 0 in layer 0 of ToyModel (number 0), step 1" in said
+        assert "rank 1 in layer 0 of ToyModel (number 1), step 1" in said
 
 
 def assisted(rank: int, world_size: int) -> None:

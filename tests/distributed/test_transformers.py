@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.ranks import run_ranks
+from support.ranks import preload, run_ranks
 
 import torch_eplb
+
+preload("transformers.models.qwen3_moe.modeling_qwen3_moe")
 
 SIZES = {
     "vocab_size": 96,

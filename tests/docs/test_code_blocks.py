@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from support import page_commands
-from support.page_setups import PRELUDES, SETUPS, run_block
+from support import page_commands, page_jobs
+from support.page_setups import PRELUDES, SETUPS, run_blocks
 from support.pages import Block, PageError, find_blocks, pages, program, text_of
 from support.programs import ROOT, run
-from support.ranks import run_ranks
+from support.ranks import preload, run_ranks
 
 from torch_eplb.files.expert_map import parse_expert_map
+
+preload("transformers.models.qwen3_moe.modeling_qwen3_moe")
 
 
 def blocks(page: str) -> list[Block]:
@@ -37,27 +41,61 @@ def all_blocks(language: str) -> list[Block]:
 @pytest.mark.parametrize("page", pages())
 def test_every_block_of_a_page_can_be_tested(page: str) -> None:
     for block in blocks(page):
-        known = PRELUDES if "torchrun" in block.words else SETUPS
+        known = PRELUDES if is_program(block) else SETUPS
         assert block.word("setup") in {None, *known}, f"{block}: there is no such setup"
 
 
-@pytest.mark.parametrize("block", all_blocks("python"), ids=str)
-def test_a_block_of_python_runs(block: Block, tmp_path: Path) -> None:
-    setup = block.word("setup")
-    if "torchrun" not in block.words:
-        ranks = block.number("ranks")
-        arguments = (block.code, block.page, block.line, setup or "nothing", str(tmp_path))
-        run_ranks(run_block, max(ranks, 1), *arguments, backend="gloo" if ranks else "")
+def is_program(block: Block) -> bool:
+    return "torchrun" in block.words or "launched" in block.words
+
+
+def stories() -> list[list[Block]]:
+    """Blocks of a page that run in the same setup run in one, in order; programs each by itself."""
+    found: dict[Any, list[Block]] = {}
+    for block in all_blocks("python"):
+        lone = is_program(block) or block.word("setup") is None
+        shared = (block.page, block.number("ranks"), block.word("setup"))
+        found.setdefault(str(block) if lone else shared, []).append(block)
+    return list(found.values())
+
+
+def name_of(story: list[Block]) -> str:
+    return "+".join([str(story[0]), *(str(block.line) for block in story[1:])])
+
+
+@pytest.mark.parametrize("story", stories(), ids=name_of)
+def test_a_block_of_python_runs(story: list[Block], tmp_path: Path) -> None:
+    block = story[0]
+    if is_program(block):
+        run_program(block, tmp_path)
         return
-    ranks, device = block.number("torchrun"), block.word("device")
+    ranks = block.number("ranks")
+    codes = [(part.code, part.page, part.line) for part in story]
+    setup = block.word("setup") or "nothing"
+    backend = "gloo" if ranks else ""
+    run_ranks(run_blocks, max(ranks, 1), codes, setup, str(tmp_path), backend=backend)
+
+
+def run_program(block: Block, folder: Path) -> None:
+    """With torchrun; what replaces a part of a program is as if started by it, which is faster."""
+    setup = block.word("setup")
+    ranks = block.number("torchrun") or block.number("launched")
+    device = block.word("device")
     without_device = device is not None and not has_devices(device, ranks)
     code = program(block, blocks(block.page), without_device=without_device)
-    path = tmp_path / (block.word("file") or "program.py")
-    path.write_text((PRELUDES[setup] if setup and without_device else "") + code)
+    code = (PRELUDES[setup] if setup and without_device else "") + code
+    if "into" in block.words or "launched" in block.words:
+        with socket.create_server(("localhost", 0)) as server:
+            address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(server.getsockname()[1])}
+        codes = [(code, f"{block}'s program", 1)]
+        run_ranks(run_blocks, ranks, codes, "nothing", str(folder), address, backend="")
+        return
+    path = folder / (block.word("file") or "program.py")
+    path.write_text(code)
     output = run(
         *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),
         str(path),
-        cwd=tmp_path,
+        cwd=folder,
         environment={"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
     )
     assert "Traceback" not in output, output
@@ -88,6 +126,19 @@ def test_a_block_of_json_is_what_it_is_said_to_be(block: Block) -> None:
     parse_expert_map(block.code, num_layers=layers, num_experts=experts, num_ranks=ranks)
 
 
+@pytest.mark.parametrize("block", all_blocks("bash"), ids=str)
+def test_a_job_of_slurm_can_be_submitted(block: Block, tmp_path: Path) -> None:
+    page_jobs.check_slurm(block.code, tmp_path)
+
+
+@pytest.mark.parametrize("block", all_blocks("yaml"), ids=str)
+def test_a_block_of_yaml_is_what_it_is_said_to_be(block: Block) -> None:
+    if "kubernetes" in block.words:
+        page_jobs.check_kubernetes(block.code)
+    else:
+        page_jobs.check_alerts(block.code)
+
+
 def test_the_readme_is_read_in_a_sitting() -> None:
     assert len(text_of("README.md").splitlines()) <= 200
 
@@ -110,6 +161,7 @@ FENCE = "```"
         ("A sentence.\n\n    python x.py\n", "page.md:3: code is fenced"),
         (f"{FENCE}text\npython x.py\n{FENCE}\n", "looks like code"),
         (f"{FENCE}json\n{{}}\n{FENCE}\n", "say what it is"),
+        (f"{FENCE}yaml\na: 1\n{FENCE}\n", "say what it is: one of"),
         (f"{FENCE}sh\npython x.py\n", "never closed"),
         (f"see {FENCE}sh\n", "a line of its own"),
     ],
@@ -129,7 +181,7 @@ def test_blocks_are_found_with_their_lines_and_words() -> None:
 def test_a_block_that_is_wrong_fails_with_its_page_and_line(tmp_path: Path) -> None:
     block = Block("docs/page.md", 7, "python", "x = 1\nassert x == 2\n", {"alone": [""]})
     with pytest.raises(AssertionError, match=r"docs/page\.md\", line 8"):
-        test_a_block_of_python_runs(block, tmp_path)
+        test_a_block_of_python_runs([block], tmp_path)
 
 
 def test_a_part_of_a_program_takes_the_place_of_the_lines_that_it_begins_and_ends_like() -> None:
@@ -175,6 +227,38 @@ def test_a_command_that_is_wrong_is_found(code: str, message: str) -> None:
     (command,) = page_commands.split(code)
     with pytest.raises((AssertionError, PageError), match=message):
         page_commands.check(command, block, [block, quick])
+
+
+def test_a_job_that_is_wrong_is_found(tmp_path: Path) -> None:
+    (slurm,) = all_blocks("bash")
+    manifest = next(block for block in all_blocks("yaml") if "kubernetes" in block.words)
+    alerts = next(block for block in all_blocks("yaml") if "alerts" in block.words)
+    for old, new, message in (
+        ("--nodes=2", "--noodles=2", "noodles"),
+        ("| head", "| | head", "syntax error"),
+        ("--rdzv-id", "--rdzv-it", "unrecognized arguments"),
+        ("serve.py", "", "required"),
+    ):
+        assert old in slurm.code
+        with pytest.raises(AssertionError, match=message):
+            page_jobs.check_slurm(slurm.code.replace(old, new, 1), tmp_path)
+    for old, new, message in (
+        ("completionMode", "completionMood", "completionMood"),
+        ("subdomain: serve", "subdomain: other", "subdomain"),
+        ("nproc-per-node=8", "nproc-per-nod=8", "unrecognized arguments"),
+        ("job-name: serve", "job-name: server", "selects"),
+    ):
+        assert old in manifest.code
+        with pytest.raises(Exception, match=message):
+            page_jobs.check_kubernetes(manifest.code.replace(old, new, 1))
+    for old, new, message in (
+        ("max(torch_eplb_disabled)", "max(torch_eplb_disabled", "unclosed"),
+        ("par_now_mean", "par_then_mean", "torch_eplb_par_then_mean_ratio"),
+        ("expr:", "expression:", "expr"),
+    ):
+        assert old in alerts.code
+        with pytest.raises(Exception, match=message):
+            page_jobs.check_alerts(alerts.code.replace(old, new, 1))
 
 
 def test_commands_are_split_like_a_shell_splits_them() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tarfile
@@ -77,10 +78,11 @@ def test_every_path_that_is_mentioned_exists(page: str) -> None:
 
 
 def test_the_index_orders_all_pages() -> None:
-    listed = re.findall(r"^(\d+)\. \[.*?\]\((\w+\.md)\)", text_of("docs/index.md"), re.MULTILINE)
+    index = text_of("docs/index.md")
+    listed = re.findall(r"^(\d+)\. \[.*?\]\(([\w/.]+\.md)\)", index, re.MULTILINE)
     assert [int(number) for number, _ in listed] == list(range(1, len(listed) + 1))
-    names = [name for _, name in listed]
-    assert sorted(names) == sorted({path.name for path in (ROOT / "docs").iterdir()} - {"index.md"})
+    names = [os.path.normpath(f"docs/{name}") for _, name in listed]
+    assert sorted(names) == sorted({*pages()} - {"README.md", "docs/index.md"})
     assert "docs/index.md" in set(links(text_of("README.md")))
 
 

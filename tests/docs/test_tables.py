@@ -69,6 +69,17 @@ def test_every_choice_has_its_line(page: str, column: str, names: dict[str, obje
     assert sorted(named) == sorted(names)
 
 
+@pytest.mark.parametrize("others", ["vLLM-Ascend", "vLLM", "SGLang", "DeepSeek EPLB"])
+def test_settings_of_others_are_explained_by_ours(others: str) -> None:
+    page = f"docs/from_{others.removesuffix(' EPLB').lower().replace('-', '_')}.md"
+    arguments = {field.name: field.type for field in dataclasses.fields(Config)}
+    for row in table(page, others):
+        for said in quoted(row["here"]):
+            name = said.partition("=")[0]
+            known = name in arguments or "(" in said or "." in name or name in Stats.__annotations__
+            assert known or said in ("wrap", "with", "import torch_eplb as eplb"), said
+
+
 # ---- packages -----------------------------------------------------------------------------------
 
 

@@ -162,3 +162,32 @@ def test_arguments_are_found_by_position_or_name() -> None:
         assert arguments.get("top_k_weights", args, kwargs) is w
     layer = ExpertLayer("", Experts(2, 2, 2), spec)
     assert layer.layout()[0].startswith("gate_up_proj:torch.float32")
+
+
+def test_an_optimizer_made_before_sharding_goes_on_changing_the_experts() -> None:
+    model = Experts(6, 8, 4)
+    held = dict(model.named_parameters())
+    optimizer = torch.optim.SGD(held.values(), lr=1.0)
+    graph = (model.down_proj * model.down_proj).sum()
+    (layer,) = find_layers(model)
+    full = [tensor.detach().clone() for tensor in layer.tensors()]
+    layer.shard([5, 0, 2])
+    assert all(getattr(model, name) is parameter for name, parameter in held.items())
+    model.down_proj.sum().backward()
+    optimizer.step()
+    assert torch.equal(model.down_proj, full[1][[5, 0, 2]] - 1.0)
+    # What was computed with the full tensor cannot be taken for what it holds now.
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        graph.backward()
+    layer.restore(full)
+    assert all(getattr(model, name) is parameter for name, parameter in held.items())
+    assert model.down_proj.grad is None
+
+
+def test_experts_made_in_inference_mode_are_written_later_all_the_same() -> None:
+    with torch.inference_mode():
+        model = Experts(6, 8, 4)
+    (layer,) = find_layers(model)
+    layer.shard([5, 0, 2])
+    assert not any(tensor.is_inference() for tensor in layer.tensors())
+    layer.slot_bytes(0)[0].copy_(layer.slot_bytes(1)[0])

@@ -123,15 +123,14 @@ FAULTS = (
         "runtime/cycle.py",
         "        if least != -minus_most:",
         "        if False:",
-        "distributed/test_slow_ranks.py",
-        "faults/test_exceptions.py",
+        "runtime/test_cycle.py",
     ),
     _fault(
         "a-doubted-round-is-committed",
         "runtime/cycle.py",
         "        if fault:\n            self._abandon()",
         "        if False:\n            self._abandon()",
-        "distributed/test_migration.py",
+        "faults/test_balancing_goes_wrong.py",
     ),
     _fault(
         "a-round-is-committed-when-one-rank-has-it",
@@ -147,17 +146,7 @@ FAULTS = (
         "        if self._position.step < self._window_end + self._config.plan_interval:\n"
         "            return\n",
         "",
-        "runtime",
-        "distributed/test_slow_ranks.py",
-        "distributed/test_wrap.py",
-    ),
-    _fault(
-        "plans-from-another-placement",
-        "runtime/cycle.py",
-        "if self._reply.schedule.start != self._migration.placement:",
-        "if False:",
-        "faults/test_wrong_plans.py",
-        "faults/test_balancing_goes_wrong.py",
+        "runtime/test_cycle.py",
     ),
     _fault(
         "shared-tokens-counted-by-every-rank",
@@ -165,8 +154,7 @@ FAULTS = (
         "        if self._config.dispatch_kind.shares_tokens:\n"
         "            # Every rank counted the same tokens.",
         "        if False:\n            # Every rank counted the same tokens.",
-        "runtime",
-        "distributed/test_exporting.py",
+        "distributed/test_counting.py",
     ),
     _fault(
         "repair-forgotten-when-draining",
@@ -181,6 +169,21 @@ FAULTS = (
         "        elif not recomputing():",
         "        else:",
         "distributed/test_counting.py",
+    ),
+    _fault(
+        "graphs-copies-not-told",
+        "runtime/clock.py",
+        "        if passed.data_ptr() != own.data_ptr():",
+        "        if False:",
+        "test_compile.py",
+    ),
+    _fault(
+        "old-compiled-code-kept",
+        "runtime/engine.py",
+        "            clocked.register_forward_hook(self._after_forward),\n        ]\n"
+        "        forget_compiled()\n",
+        "            clocked.register_forward_hook(self._after_forward),\n        ]\n",
+        "test_compile.py",
     ),
     # ---- layers -------------------------------------------------------------------------------
     _fault(
@@ -203,13 +206,6 @@ FAULTS = (
         "        others = sum(send) - send[self._comm.rank]",
         "        others = self._rows.row_TK.numel()",
         "distributed/test_outputs.py",
-    ),
-    _fault(
-        "nodes-ignored",
-        "layers/all_to_all.py",
-        "            tables.topology.ranks_per_node,",
-        "            comm.num_ranks,",
-        "distributed/test_dispatch.py",
     ),
     _fault(
         "recomputations-counted",
@@ -279,8 +275,8 @@ FAULTS = (
     _fault(
         "counts-when-not-recording",
         "routing/load.py",
-        "        self._experts[layer].addcmul_(hits_E, self.recording)",
-        "        self._experts[layer].add_(hits_E)",
+        "        experts.addcmul_(hits_E, self.recording)",
+        "        experts.add_(hits_E)",
         "distributed/test_wrap.py",
     ),
     _fault(
@@ -299,6 +295,14 @@ FAULTS = (
         "self.rank * _RANK_PHASE",
         "routing/test_tables.py",
         "distributed/test_dispatch.py",
+    ),
+    _fault(
+        "nodes-ignored",
+        "routing/tables.py",
+        "        near = node == self.rank // per_node",
+        "        near = node >= 0",
+        "distributed/test_nodes.py",
+        "routing/test_tables.py",
     ),
     _fault(
         "all-sources-break-ties-alike",

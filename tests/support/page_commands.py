@@ -6,39 +6,66 @@ exist, and that a program's own parser takes the arguments.
 
 from __future__ import annotations
 
+import argparse
 import configparser
+import contextlib
+import functools
+import io
+import os
 import re
+import runpy
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from support.pages import Block, PageError
 from support.programs import ROOT, run
+from support.ranks import run_ranks
 
 __all__ = ["Command", "check", "split"]
 
-PARSE_ONLY = """
-import argparse, os, runpy, sys
 
-parse = argparse.ArgumentParser.parse_args
+def parse_only(rank: int, world_size: int, kind: str, program: str, arguments: list[str]) -> str:
+    """Run a program up to where it has parsed its arguments; what it has said. A process's body."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(self: Any, *args: Any, **kwargs: Any) -> Any:
+        parse(self, *args, **kwargs)
+        raise _ParsedError
+
+    argparse.ArgumentParser.parse_args = stop  # type: ignore[method-assign]
+    sys.argv = [program, *arguments]
+    said = io.StringIO()
+    os.chdir(ROOT)
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            if kind == "module":
+                runpy.run_module(program, run_name="__main__", alter_sys=True)
+            else:
+                sys.path.insert(0, os.path.dirname(program))
+                runpy.run_path(program, run_name="__main__")
+    except _ParsedError:
+        return "the arguments are right"
+    except SystemExit:
+        return said.getvalue()
+    return "the program has not parsed its arguments"
 
 
-def parse_only(self, *args, **kwargs):
-    parse(self, *args, **kwargs)
-    print("the arguments are right")
-    sys.exit(0)
+class _ParsedError(BaseException):
+    """The arguments were right; not to be caught by the program."""
 
 
-argparse.ArgumentParser.parse_args = parse_only
-kind, program, *sys.argv[1:] = sys.argv[1:]
-sys.argv[0] = program
-if kind == "module":
-    runpy.run_module(program, run_name="__main__", alter_sys=True)
-else:
-    sys.path.insert(0, os.path.dirname(program))
-    runpy.run_path(program, run_name="__main__")
-sys.exit("the program has not parsed its arguments")
-"""
+def collect_only(rank: int, world_size: int, arguments: list[str]) -> str:
+    """What pytest says that it would run. A process's body."""
+    import pytest
+
+    said = io.StringIO()
+    os.chdir(ROOT)
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        pytest.main(["--collect-only", "-q", "-s", "-p", "no:cacheprovider", *arguments])
+    return said.getvalue()
 
 
 class Command:
@@ -100,15 +127,21 @@ def check(command: Command, block: Block, others: list[Block]) -> None:
 
 def check_script(script: str, arguments: list[str]) -> None:
     assert (ROOT / script).is_file(), f"{script} does not exist"
-    output = run("-c", PARSE_ONLY, "path", script, *arguments, timeout=120)
+    output = _parse("path", script, tuple(arguments))
     assert "the arguments are right" in output, output
     _check_files(arguments)
 
 
 def _check_our_module(arguments: list[str]) -> None:
-    output = run("-c", PARSE_ONLY, "module", "torch_eplb", *arguments, timeout=120)
+    output = _parse("module", "torch_eplb", tuple(arguments))
     assert "the arguments are right" in output, output
     _check_files(arguments)
+
+
+@functools.cache
+def _parse(kind: str, program: str, arguments: tuple[str, ...]) -> str:
+    # In a process of its own, of those that have torch imported already.
+    return str(run_ranks(parse_only, 1, kind, program, list(arguments), backend="")[0])
 
 
 def _check_files(arguments: list[str]) -> None:
@@ -132,7 +165,7 @@ def _check_tox(arguments: list[str]) -> None:
         if rest:
             assert program[-1] == "{posargs}", f"the environment {name} takes no arguments"
         if rest and program[:3] == ["python", "-m", "pytest"]:
-            output = run("-m", "pytest", "--collect-only", "-q", *rest, timeout=120)
+            output = run_ranks(collect_only, 1, rest, backend="")[0]
             assert re.search(r"[1-9]\d*(/\d+)? tests? collected", output), output
         elif program[0] == "python" and program[1].endswith(".py"):
             check_script(program[1], rest)
@@ -160,7 +193,8 @@ def _check_torchrun(arguments: list[str], block: Block, others: list[Block]) -> 
         return
     programs = [other for other in others if other.word("file") == parsed.training_script]
     assert len(programs) == 1, f"{block}: no block of the page is {parsed.training_script}"
-    assert int(parsed.nproc_per_node) == programs[0].number("torchrun"), f"{block}: other ranks"
+    tested = programs[0].number("torchrun")
+    assert tested in (0, int(parsed.nproc_per_node)), f"{block}: other ranks"
 
 
 MODULES: dict[str, Callable[[list[str]], None]] = {

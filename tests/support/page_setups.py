@@ -37,14 +37,29 @@ PRELUDES = {"hccl": "from support import hccl\n\nhccl.install()\n"}
 """What programs begin with, where a device's libraries are not there."""
 
 
-def run_block(
-    rank: int, world_size: int, code: str, page: str, line: int, setup: str, folder: str
+def run_blocks(
+    rank: int,
+    world_size: int,
+    blocks: list[tuple[str, str, int]],
+    setup: str,
+    folder: str,
+    environment: dict[str, str] | None = None,
 ) -> None:
-    """Run a block as one rank; tracebacks name the page and its lines."""
+    """Run blocks (code, page, line) one after the other, as one rank, in one setup.
+
+    Tracebacks name the page and its lines. With an ``environment``, which names the port of a
+    store, they run as programs that a launcher has started.
+    """
     os.chdir(folder)
-    padded = "\n" * (line - 1) + code
+    if environment is not None:
+        launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+        os.environ.update({name: str(number) for name, number in launched.items()} | environment)
     with SETUPS[setup](rank, world_size) as names:
-        exec(compile(padded, str(ROOT / page), "exec", dont_inherit=True), names)
+        for code, page, line in blocks:
+            padded = "\n" * (line - 1) + code
+            exec(compile(padded, str(ROOT / page), "exec", dont_inherit=True), names)
+            if "after_each" in names:
+                names["after_each"]()
 
 
 def serve(balancer: nn.Module, reference: nn.Module, rank: int, rebalances: int) -> None:
@@ -136,11 +151,11 @@ def meta_dcp(rank: int, world_size: int) -> Iterator[Names]:
     balancer.close()
 
 
-@contextlib.contextmanager
-def pretrained(rank: int, world_size: int) -> Iterator[Names]:
-    """A folder as transformers saves a model; after the block the model gives its outputs."""
-    from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+def small_qwen(folder: str) -> Any:
+    """A small transformers model, saved in ``folder`` by rank 0; the model, on every rank."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+    torch.manual_seed(7)
     config = Qwen3MoeConfig(
         vocab_size=96,
         hidden_size=32,
@@ -151,17 +166,120 @@ def pretrained(rank: int, world_size: int) -> Iterator[Names]:
         num_experts=32,
         num_experts_per_tok=4,
     )
-    if rank == 0:
-        Qwen3MoeForCausalLM(config).save_pretrained("saved")
+    model = Qwen3MoeForCausalLM(config).eval()
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder)
     dist.barrier()
+    return model
+
+
+def some_tokens(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randint(0, 96, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def greedy(model: Any, prompts: torch.Tensor, new_tokens: int) -> torch.Tensor:
+    with torch.no_grad():
+        return model.generate(prompts, max_new_tokens=new_tokens, do_sample=False)
+
+
+@contextlib.contextmanager
+def pretrained(rank: int, world_size: int) -> Iterator[Names]:
+    """A folder as transformers saves a model; after the block the model gives its outputs."""
+    reference = small_qwen("saved")
     names: Names = {"folder": "saved", "torch": torch, "torch_eplb": torch_eplb}
     yield names
-    reference = AutoModelForCausalLM.from_pretrained("saved").eval()
     balancer = names["model"].eval()
-    tokens = torch.randint(0, 96, (2, 10), generator=torch.Generator().manual_seed(rank))
+    tokens = some_tokens(rank, 2, 10)
     with torch.no_grad():
         ours, theirs = balancer(input_ids=tokens), reference(input_ids=tokens)
     torch.testing.assert_close(ours.logits, theirs.logits, **CLOSE)
+    balancer.close()
+
+
+@contextlib.contextmanager
+def serving(rank: int, world_size: int) -> Iterator[Names]:
+    """The same, and prompts; ranks generate different numbers of tokens."""
+    reference = small_qwen("saved")
+    prompts, new_tokens = some_tokens(rank, 2, 6 + rank), 30 + 10 * rank
+    names: Names = {"folder": "saved", "prompts": prompts, "max_new_tokens": new_tokens}
+    yield names
+    assert torch.equal(names["tokens"], greedy(reference, prompts, new_tokens))
+    assert names["balancer"].stats().rebalances > 0
+    names["balancer"].close()
+
+
+@contextlib.contextmanager
+def loop(rank: int, world_size: int) -> Iterator[Names]:
+    """A wrapped model, and more requests on rank 0 than on the others."""
+    reference = small_qwen("saved")
+    requests = [some_tokens(10 * rank + n, 1, 3 + n) for n in range(4 if rank == 0 else 1)]
+    balancer = torch_eplb.wrap(copy.deepcopy(reference), **QUICK)
+    names: Names = {"balancer": balancer, "requests": requests, "max_length": 12}
+    names["host_group"] = dist.new_group(backend="gloo")
+    yield names
+    for request, answer in zip(requests, names["answers"], strict=True):
+        assert torch.equal(answer, greedy(reference, request, 12 - request.shape[1]))
+    assert balancer.stats().experts_moved > 0
+    balancer.close()
+
+
+class RoutedModel(nn.Module):
+    """A router and whatever experts it is given, with the same weights on every rank."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.router = nn.Linear(16, 8, bias=False)
+        self.experts = experts
+        for parameter in experts.parameters():
+            nn.init.normal_(parameter, std=0.25)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, ids = self.router(x).softmax(-1).topk(2)
+        return self.experts(x, ids, weights)
+
+
+@contextlib.contextmanager
+def external(rank: int, world_size: int) -> Iterator[Names]:
+    """The blocks define ``EngineExperts`` that dispatch by themselves, and wrap a model of them."""
+    options = {name: value for name, value in QUICK.items() if name != "num_redundant_experts"}
+    names: Names = {"MyModel": RoutedModel, "options": options}
+    yield names
+    reference = RoutedModel(names["EngineExperts"](8, 16))
+    serve(names["balancer"], reference, rank, 2)
+    assert names["balancer"].stats().experts_moved > 0
+    names["balancer"].close()
+
+
+@contextlib.contextmanager
+def new_weights(rank: int, world_size: int) -> Iterator[Names]:
+    """A model whose experts move, and two others: a state, and a folder. The first block loads the
+    one, the second the other, and the third halves all that the experts of layer 0 have."""
+    from safetensors.torch import save_file
+
+    model, second, third = (ToyModel(seed=seed) for seed in (0, 1, 2))
+    balancer = torch_eplb.wrap(model, **QUICK)
+    if rank == 0:
+        os.mkdir("saved")
+        save_file(third.state_dict(), "saved/model.safetensors")
+    dist.barrier()
+    serve(balancer, ToyModel(seed=0), rank, 1)
+    halved = {
+        name: tensor / 2 if name.startswith("layers.0.experts.") else tensor
+        for name, tensor in third.state_dict().items()
+    }
+    expected = [second.state_dict(), third.state_dict(), halved]
+    yield {
+        "balancer": balancer,
+        "new_state": second.state_dict(),
+        "folder": "saved",
+        "torch": torch,
+        "torch_eplb": torch_eplb,
+        "after_each": lambda: assert_same(balancer.state_dict(), expected.pop(0)),
+    }
+    assert not expected
+    third.load_state_dict(halved)
+    serve(balancer, third, rank, 2)
     balancer.close()
 
 
@@ -250,7 +368,7 @@ def files(rank: int, world_size: int) -> Iterator[Names]:
 SETUPS: dict[str, Setup] = {
     setup.__name__: setup
     for setup in (
-        *(nothing, moved, restart, meta_dcp, pretrained),
+        *(nothing, moved, restart, meta_dcp, pretrained, serving, loop, external, new_weights),
         *(own_layer, own_policy, unit, files),
     )
 }

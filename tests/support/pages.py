@@ -6,6 +6,7 @@ A comment is a list of words, ``<!-- test: ranks=2, setup=moved -->``. For Pytho
 ``ranks=N``            the block runs on N real ranks, in a gloo group that is there already
 ``alone``              in one process without a group
 ``torchrun=N``         as a program, which `torchrun` starts on N ranks
+``launched=N``         as a program that a launcher has started on N ranks; faster, without one
 ``file=NAME``          how that program is called on the page
 ``into=NAME``          the block stands for lines of that program: from the one that begins like the
                        block's first line to the one that begins like its last
@@ -16,6 +17,7 @@ A comment is a list of words, ``<!-- test: ranks=2, setup=moved -->``. For Pytho
 
 For shell commands ``run`` runs them; without it they are checked as far as that goes without
 running them. For JSON ``expert_map=LxExR`` reads it as a map of so many layers, experts and ranks.
+Scripts in bash are jobs of ``slurm``; YAML is for ``kubernetes``, or ``alerts`` of Prometheus.
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ from support.programs import ROOT
 __all__ = ["Block", "PageError", "find_blocks", "pages", "program", "text_of"]
 
 WORDS = {
-    "python": {"ranks", "alone", "torchrun", "file", "into", "setup", "device", "else"},
+    "python": {"ranks", "alone", "torchrun", "launched", "file", "into", "setup", "device", "else"},
     "sh": {"run"},
+    "bash": {"slurm"},
+    "yaml": {"kubernetes", "alerts"},
     "json": {"expert_map"},
     "text": set(),
 }
@@ -148,12 +152,14 @@ def _checked(block: Block) -> Block:
     unknown = set(block.words) - WORDS[block.language]
     if unknown:
         raise PageError(f"{block}: unknown in a test's comment: {', '.join(sorted(unknown))}")
-    ways = [word for word in ("ranks", "alone", "torchrun") if word in block.words]
+    ways = [word for word in ("ranks", "alone", "torchrun", "launched") if word in block.words]
     if block.language == "python" and len(ways) != 1:
         raise PageError(
             f"{block}: say how it is tested, in a comment before it: <!-- test: ranks=2 -->, "
-            "alone or torchrun=2"
+            "alone, torchrun=2 or launched=2"
         )
+    if block.language in ("bash", "yaml") and not block.words:
+        raise PageError(f"{block}: say what it is: one of {', '.join(WORDS[block.language])}")
     if block.language == "json" and "expert_map" not in block.words:
         raise PageError(f"{block}: say what it is: <!-- test: expert_map=1x4x2 -->")
     if block.language == "text" and any(map(_COMMAND.match, block.code.splitlines())):
@@ -162,7 +168,7 @@ def _checked(block: Block) -> Block:
 
 
 def program(block: Block, others: list[Block], *, without_device: bool) -> str:
-    """The program that a ``torchrun`` block is, or stands in.
+    """The program that a ``torchrun`` or ``launched`` block is, or stands in.
 
     Args:
         block: with or without ``into``.

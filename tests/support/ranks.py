@@ -27,7 +27,18 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "torch_eplb.balancer"])
+_preloaded = ["torch", "torch.distributed", "torch_eplb.balancer"]
+_context.set_forkserver_preload(_preloaded)
+
+
+def preload(*modules: str) -> None:
+    """Have the fork server import these, too: for test files to call when they are imported.
+
+    The server starts with the first test that needs it, when all files have been. What is not
+    installed is left out.
+    """
+    _preloaded.extend(module for module in modules if module not in _preloaded)
+    _context.set_forkserver_preload(_preloaded)
 
 
 class RankFailed(AssertionError):

@@ -90,7 +90,7 @@ def install(
     """Makes vLLM of this process plan with ``policy``.
 
     Args:
-        policy, **options: as `policy_class`.
+        policy, options: as `policy_class`.
         name: which of vLLM's policies it stands in for.
 
     Returns:

@@ -122,7 +122,7 @@ def install(
     """Makes vLLM-Ascend of this process (and the planning process it starts) plan with ``policy``.
 
     Args:
-        policy, **options: as `EplbPolicy`.
+        policy, options: as `EplbPolicy`.
         policy_type: the ``eplb_policy_type`` that it stands in for; None: whichever is set.
 
     Raises:

@@ -151,16 +151,17 @@ class LossDetector:
         A rank that lives and computes hears of the incident when it waits next; where somebody is
         known to be dead it is not waited for.
         """
-        if self.failure is not None and self.failure.ranks:
-            return list(self.failure.ranks)  # patience is had once
+        known = list(self.failure.ranks) if self.failure is not None else []
         deadline = time.monotonic() + min(PATIENCE_SECONDS, self._timeout)
         before = self._told
         try:
+            if known and not self._is_news(known):
+                return known  # patience is had once
             if self._store.add("incidents", 0) <= before:
                 self._store.add("incidents", 1)
             self._told = self._store.add("incidents", 0)
             while True:
-                gone, silent = self._dead_and_silent(before)
+                gone, silent = self._dead_and_silent(before, known)
                 if gone or not silent:
                     return gone
                 if time.monotonic() > deadline:
@@ -168,21 +169,28 @@ class LossDetector:
                 time.sleep(0.02)
         except StoreGone:
             # The store lives in rank 0's process, or in the launcher.
-            return self._gone() or ([0] if self._rank != 0 else [])
+            return self._gone() or known or ([0] if self._rank != 0 else [])
 
-    def _dead_and_silent(self, before: int) -> tuple[list[int], list[int]]:
+    def _is_news(self, known: list[int]) -> bool:
+        """Whether, after the loss of ``known``, there is another one."""
+        if self._store.add("incidents", 0) > self._told:
+            return True
+        return not set(self._gone()) <= set(known)
+
+    def _dead_and_silent(self, before: int, known: list[int]) -> tuple[list[int], list[int]]:
         """Ranks that some rank knows to be dead, and those of which nothing is known.
 
         Args:
             before: incidents that are over.
+            known: ranks that were lost in them, and are unless they speak up now.
         """
-        gone = set(self._gone())
+        gone = {*self._gone(), *known}
         self._store.set(f"alive/{self._rank}", json.dumps([self._told, sorted(gone)]))
         alive = {self._rank}
         for rank in range(self._num_ranks):
             said = self._store.get(f"alive/{rank}")
-            incident, known = json.loads(said) if said else (0, [])
-            gone.update(known)
+            incident, told = json.loads(said) if said else (0, [])
+            gone.update(told)
             if incident > before:
                 alive.add(rank)  # it has noticed, too, even if it has ended since
         gone -= alive

@@ -1,4 +1,4 @@
-"""Expert maps: a placement as JSON, in the layout that vLLM-Ascend reads and writes.
+"""Expert maps: a placement as JSON, in the layout that vLLM-Ascend reads and writes:
 
     {"moe_layer_count": L,
      "layer_list": [{"layer_id": 0, "device_count": R,

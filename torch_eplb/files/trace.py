@@ -2,12 +2,12 @@
 
 A trace is a zip archive of up to three arrays in numpy's npy format:
 
-=========  ============================================================================
+==========  ============================================================================
 ``counts``  unsigned or signed integers ``[steps, source_ranks, layers, experts]``: tokens
             that each source rank sent to each logical expert in each step
 ``mix``     optional floats ``[steps, kinds]``: whatever describes the traffic of a step
 ``meta``    optional JSON object, stored as text: where the trace comes from
-=========  ============================================================================
+==========  ============================================================================
 
 `numpy.load` reads such files, too. `read_trace` is for files of unknown origin: it parses the
 headers as data, and refuses what is malformed or too large before it allocates anything.

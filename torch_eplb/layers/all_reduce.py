@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from torch_eplb.layers.collectives import share_input, sum_output
-from torch_eplb.layers.computing import ComputesChoices, without_padding
+from torch_eplb.layers.computing import ComputesChoices, shaped, without_padding
 from torch_eplb.layers.graphs import outside_graphs
 from torch_eplb.layers.hooks import capturing
 from torch_eplb.layers.sums import Bags, weighted_sum
 from torch_eplb.routing import arrivals, narrow
 
-__all__ = ["AllReduce", "CompactAllReduce"]
+__all__ = ["AllReduce", "AskingAllReduce", "CompactAllReduce"]
 
 _MANY = 1024  # choices of a batch from which on looking for one's own pays
 
@@ -28,11 +28,13 @@ class _Trip:
         bags: the choices of each token.
         weights_C: their weights.
         shape: of the inputs.
+        identity: what zero-compute experts add.
     """
 
     bags: Bags
     weights_C: torch.Tensor
     shape: torch.Size
+    identity: torch.Tensor | None
 
 
 class AllReduce(ComputesChoices[_Trip]):
@@ -44,16 +46,16 @@ class AllReduce(ComputesChoices[_Trip]):
     its results are the same, and it need not carry rows that it skips.
     """
 
-    _top_k = 0
+    _top_k = 0  # of the last eager call
 
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self._begin()
         ids = self.layer.arguments.get(self.layer.spec.expert_ids, args, kwargs)
-        self._top_k = ids.shape[-1]
         if torch.compiler.is_compiling():
             return self._mark_foreign(args, kwargs)
-        self._call_roster()
+        self._top_k = ids.shape[-1]
         is_worth_it = self._top_k > 1 and ids.numel() >= _MANY
         if is_worth_it and not capturing(ids.device):
             return self._pick_local(args, kwargs)
@@ -67,7 +69,7 @@ class AllReduce(ComputesChoices[_Trip]):
         output: torch.Tensor,
     ) -> torch.Tensor:
         ids = self.layer.arguments.get(self.layer.spec.expert_ids, args, kwargs)
-        if self._top_k > 1 and ids.shape[-1] == 1:
+        if self._top_k > 1 and ids.shape[-1] == 1:  # one row per choice
             return self._sum_local(args, kwargs, output)
         if not torch.compiler.is_compiling():
             self.context.position.exchanged()
@@ -112,7 +114,8 @@ class AllReduce(ComputesChoices[_Trip]):
         rows_CH = share_input(hidden_TH, comm).index_select(0, found.row_C)
         weights_C = share_input(weights_TK, comm).reshape(-1).index_select(0, found.flat_C)
         bags = Bags(found.by_row_C, found.begin_Q, found.row_C)
-        trip = _Trip(bags, weights_C, self._hidden_states(args, kwargs).shape)
+        identity = self._identity(hidden_TH, router_ids, weights_TK)
+        trip = _Trip(bags, weights_C, self._hidden_states(args, kwargs).shape, identity)
         return self._enter(args, kwargs, rows_CH, found.slots_C, trip)
 
     @outside_graphs
@@ -120,11 +123,10 @@ class AllReduce(ComputesChoices[_Trip]):
         self, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
     ) -> torch.Tensor:
         trip = self._leave(args, kwargs)
-        output = without_padding(output, len(trip.weights_C))
-        summed = weighted_sum(output, trip.weights_C, trip.bags)
+        results_CH = without_padding(output, len(trip.weights_C))
+        summed = weighted_sum(results_CH, trip.weights_C, trip.bags)
         self.context.position.exchanged()
-        summed = sum_output(summed, self.context.comm)
-        return summed.view(*trip.shape[:-1], output.shape[-1])
+        return shaped(sum_output(summed, self.context.comm), trip.identity, trip.shape, output)
 
 
 class CompactAllReduce(AllReduce):
@@ -137,7 +139,7 @@ class CompactAllReduce(AllReduce):
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self._call_roster()
+        self._begin()
         return self._pick_local(args, kwargs)
 
     @outside_graphs
@@ -149,3 +151,23 @@ class CompactAllReduce(AllReduce):
         output: torch.Tensor,
     ) -> torch.Tensor:
         return self._sum_local(args, kwargs, output)
+
+
+class AskingAllReduce(CompactAllReduce):
+    """The same for modules that may change their mind: asked at each call whether they know it."""
+
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        kind = AllReduce if self.layer.skips_sentinel else CompactAllReduce
+        return kind.before(self, module, args, kwargs)
+
+    def after(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        kind = AllReduce if self.layer.skips_sentinel else CompactAllReduce
+        return kind.after(self, module, args, kwargs, output)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 from torch_eplb.layers.collectives import all_gather_counts, exchange_counts
-from torch_eplb.layers.computing import ComputesChoices, without_padding
+from torch_eplb.layers.computing import ComputesChoices, shaped, without_padding
 from torch_eplb.layers.context import LayerContext
 from torch_eplb.layers.experts import ExpertLayer
 from torch_eplb.layers.graphs import outside_graphs
@@ -23,11 +23,19 @@ __all__ = ["AllToAll"]
 
 @dataclass(frozen=True)
 class _Trip:
-    """What `AllToAll` keeps from the way there for the way back."""
+    """What `AllToAll` keeps from the way there for the way back.
+
+    Attributes:
+        journey: of the call's rows.
+        weights_C: weights of the choices that are computed here.
+        shape: of the inputs.
+        identity: what zero-compute experts add.
+    """
 
     journey: Journey
     weights_C: torch.Tensor
     shape: torch.Size
+    identity: torch.Tensor | None
 
 
 class AllToAll(ComputesChoices[_Trip]):
@@ -42,7 +50,7 @@ class AllToAll(ComputesChoices[_Trip]):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden_TH, router_ids, weights_TK = self._read(args, kwargs)
-        self._call_roster()
+        self._begin()
         if self._empty is None:
             self._empty = tuple(x[:0].detach() for x in (hidden_TH, router_ids, weights_TK))
         with torch.no_grad():
@@ -50,7 +58,9 @@ class AllToAll(ComputesChoices[_Trip]):
             counted_T = self._tokens(len(ids_TK), args, kwargs)
             journey = self._plan(ids_TK, counted_T)
         rows_CH, weights_C = journey.send(hidden_TH, weights_TK)
-        trip = _Trip(journey, weights_C, self._hidden_states(args, kwargs).shape)
+        identity = self._identity(hidden_TH, router_ids, weights_TK)
+        shape = self._hidden_states(args, kwargs).shape
+        trip = _Trip(journey, weights_C, shape, identity)
         return self._enter(args, kwargs, rows_CH, journey.found.slots_C, trip)
 
     @outside_graphs
@@ -62,11 +72,11 @@ class AllToAll(ComputesChoices[_Trip]):
         output: torch.Tensor,
     ) -> torch.Tensor:
         trip = self._leave(args, kwargs)
-        output = without_padding(output, len(trip.weights_C))
-        summed = trip.journey.bring_back(output, trip.weights_C)
+        results_CH = without_padding(output, len(trip.weights_C))
+        summed = trip.journey.bring_back(results_CH, trip.weights_C)
         self.context.position.leave(self.index)
         self.context.traffic.add(trip.journey.num_rows, trip.journey.nbytes)
-        return summed.view(*trip.shape[:-1], summed.shape[-1])
+        return shaped(summed, trip.identity, trip.shape, output)
 
     def visit(self) -> None:
         if self._empty is None:

@@ -13,11 +13,11 @@ import torch
 
 from torch_eplb.layers.context import LayerContext, Trips
 from torch_eplb.layers.experts import ExpertLayer
-from torch_eplb.layers.grouped import can_group, grouped_experts, why_not
+from torch_eplb.layers.grouped import can_group, grouped_experts, misfit, why_not
 from torch_eplb.layers.hooks import Dispatch
 from torch_eplb.routing import narrow
 
-__all__ = ["ComputesChoices", "without_padding"]
+__all__ = ["ComputesChoices", "shaped", "without_padding"]
 
 _Trip = TypeVar("_Trip")
 
@@ -32,10 +32,19 @@ class ComputesChoices(Dispatch, Generic[_Trip]):
     def __init__(self, layer: ExpertLayer, index: int, context: LayerContext) -> None:
         super().__init__(layer, index, context)
         self._trips: Trips[_Trip] = Trips(layer.name)
-        reason = why_not(layer.module, layer.spec.fused, context.experts, context.comm.device)
-        self.computed_by = "grouped products" if reason is None else f"the module: {reason}"
-        if reason is None:
+        fits = misfit(layer.module, layer.spec.fused, context.comm.device) is None
+        is_plain = "forward" not in vars(layer.module)  # or somebody has replaced it
+        if fits and is_plain and context.experts != "module":
             layer.module.forward = self._forward
+
+    @property
+    def computed_by(self) -> str:
+        """Who computes the experts, in words."""
+        layer, context = self.layer, self.context
+        reason = why_not(layer.module, layer.spec.fused, context.experts, context.comm.device)
+        if reason is None and vars(layer.module).get("forward") != self._forward:
+            reason = "somebody has replaced its forward"
+        return "grouped products" if reason is None else f"the module: {reason}"
 
     def remove(self) -> None:
         super().remove()
@@ -46,9 +55,9 @@ class ComputesChoices(Dispatch, Generic[_Trip]):
         module = self.layer.module
         if not torch.compiler.is_compiling():
             rows = self._hidden_states(args, kwargs)
-            if self._trips.holds(rows) and can_group(module, rows):
-                slots = self.layer.arguments.get(self.layer.spec.expert_ids, args, kwargs)
-                return grouped_experts(module, rows, slots)
+            if self._trips.holds(rows) and can_group(module, self.context.experts, rows):
+                ids = self.layer.arguments.get(self.layer.spec.expert_ids, args, kwargs)
+                return grouped_experts(module, rows, ids[:, 0])
         return type(module).forward(module, *args, **kwargs)
 
     def _enter(
@@ -83,5 +92,21 @@ def _never_empty(rows_CH: torch.Tensor, slots_C: torch.Tensor) -> tuple[torch.Te
 
 
 def without_padding(output: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """The other way round: results without that of the zero row."""
-    return output if num_rows else output[:0] + 0.0 * output.sum()
+    """The other way round, ``[C, H]``: results without that of the zero row."""
+    return (output if num_rows else output[:0] + 0.0 * output.sum()).flatten(1)
+
+
+def shaped(
+    summed_TH: torch.Tensor,
+    identity: torch.Tensor | None,
+    shape: torch.Size,
+    output: torch.Tensor,
+) -> torch.Tensor:
+    """The layer's result: rows as the caller's inputs ``shape`` has them, each as in ``output``.
+
+    Args:
+        identity: what zero-compute experts add, or None.
+    """
+    if identity is not None:
+        summed_TH = summed_TH + identity
+    return summed_TH.view(*shape[:-1], *output.shape[1:])

@@ -14,7 +14,7 @@ One class per way, all with the same two hooks. A worked example of `AllToAll` w
 
 from __future__ import annotations
 
-from torch_eplb.layers.all_reduce import AllReduce, CompactAllReduce
+from torch_eplb.layers.all_reduce import AllReduce, AskingAllReduce, CompactAllReduce
 from torch_eplb.layers.all_to_all import AllToAll
 from torch_eplb.layers.context import LayerContext
 from torch_eplb.layers.experts import ExpertLayer
@@ -35,8 +35,9 @@ def make_dispatch(
 
 
 def _classes(layer: ExpertLayer) -> dict[DispatchName, type[Dispatch]]:
+    by_sentinel = {True: AllReduce, False: CompactAllReduce, None: AskingAllReduce}
     return {
         "all_to_all": AllToAll,
-        "all_reduce": AllReduce if layer.spec.skips_sentinel else CompactAllReduce,
+        "all_reduce": by_sentinel[layer.spec.skips_sentinel],
         "external": External,
     }

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
-from torch_eplb.layers.spec import BoundArguments, LayerSpec, find_spec
+from torch_eplb.layers.refusals import (
+    adapter_around,
+    in_norm,
+    refuse_offloaded,
+    refuse_parts,
+    refuse_tied,
+)
+from torch_eplb.layers.spec import BoundArguments, LayerSpec, find_spec, skips_sentinel
 
 __all__ = ["ExpertLayer", "byte_view", "common_owner", "find_layers"]
 
@@ -26,7 +32,11 @@ class ExpertLayer:
         name: the experts module's name in the model.
         module: the experts module.
         num_experts: logical experts E.
+        num_zero_experts: zero-compute experts Z, with ids E..E+Z-1.
         tensor_names: dotted names, relative to the module, of the tensors indexed by expert.
+        full_sizes: of each, the entries on dim 0 in the unwrapped module: E, or E + Z where it has
+            unused ones for the zero-compute experts (transformers' LongCat-Flash). Nobody reads
+            those: they are dropped, and zeros where the full tensor is made again.
     """
 
     def __init__(self, name: str, module: nn.Module, spec: LayerSpec) -> None:
@@ -34,8 +44,16 @@ class ExpertLayer:
         self.module = module
         self.spec = spec
         self.num_experts: int = getattr(module, spec.num_experts)
+        self.num_zero_experts: int = (
+            getattr(module, spec.num_zero_experts) if spec.num_zero_experts is not None else 0
+        )
         self.arguments = BoundArguments(spec, type(module).forward)
         self.tensor_names = _expert_tensor_names(self)
+        with_zero = self.num_experts + self.num_zero_experts
+        self.full_sizes = [
+            with_zero if tensor.shape[:1] == (with_zero,) else self.num_experts
+            for tensor in self.tensors()
+        ]
         self._expert_parallel = getattr(module, "_is_expert_parallel", None)
 
     def tensors(self) -> list[torch.Tensor]:
@@ -45,7 +63,7 @@ class ExpertLayer:
     @property
     def expert_bytes(self) -> int:
         """Bytes of one expert over all its tensors."""
-        return sum(t[0].numel() * t.element_size() for t in self.tensors())
+        return sum(tensor.nbytes // tensor.shape[0] for tensor in self.tensors())
 
     def slot_bytes(self, slot: int) -> list[torch.Tensor]:
         """The memory of one slot: a flat uint8 view per tensor."""
@@ -58,11 +76,16 @@ class ExpertLayer:
             for name, t in zip(self.tensor_names, self.tensors(), strict=True)
         ]
 
+    @property
+    def skips_sentinel(self) -> bool:
+        """Whether forward, as it is now, ignores choices of the id past the last local slot."""
+        return skips_sentinel(self.spec, self.module)
+
     def shard(self, experts: Sequence[int]) -> None:
         """Keep only the given logical experts, one per local slot, and free the others."""
         index = torch.tensor(list(experts), dtype=torch.int64)
         for name in self.tensor_names:
-            _set_tensor(self.module, name, lambda full: _select(full, index))
+            _set_tensor(self.module, name, _select(_get_tensor(self.module, name), index))
 
     def compute_locally(self, num_slots: int) -> None:
         """Make the module's forward one over local slots; without this, ids stay global.
@@ -77,7 +100,7 @@ class ExpertLayer:
     def restore(self, full: Sequence[torch.Tensor]) -> None:
         """Put full tensors ``[experts, ...]`` back and forget that the layer was sharded."""
         for name, tensor in zip(self.tensor_names, full, strict=True):
-            _set_tensor(self.module, name, lambda _, tensor=tensor: tensor)
+            _set_tensor(self.module, name, tensor)
         setattr(self.module, self.spec.num_experts, self.num_experts)
         if self._expert_parallel is not None:
             setattr(self.module, "_is_expert_parallel", self._expert_parallel)  # noqa: B010
@@ -87,12 +110,21 @@ def find_layers(model: nn.Module) -> list[ExpertLayer]:
     """The MoE layers of a model, in the order of its modules.
 
     Raises:
-        ValueError: there is none, or their numbers of experts differ.
+        ValueError: there is none, their numbers of experts differ, or experts cannot be moved as
+            a whole; see `torch_eplb.layers.refusals`.
     """
     layers = []
     for name, module in model.named_modules():
         spec = find_spec(module)
         if spec is not None:
+            adapter = adapter_around(model, name)
+            if adapter is not None:
+                raise ValueError(
+                    f"layer {name}: its experts are adapted by {adapter}, whose weights would not "
+                    "move with them. Merge it first (peft: model.merge_and_unload()), or leave the "
+                    "experts out of its targets; adapters on other modules may stay"
+                )
+            refuse_offloaded(model, name)
             layers.append(ExpertLayer(name, module, spec))
     if not layers:
         raise ValueError(
@@ -108,6 +140,14 @@ def find_layers(model: nn.Module) -> list[ExpertLayer]:
             f"all MoE layers must have the same number of experts, got {listing}. Wrap the parts "
             "of the model that agree separately"
         )
+    refuse_tied(
+        model,
+        {
+            f"{layer.name}.{name}": tensor
+            for layer in layers
+            for name, tensor in zip(layer.tensor_names, layer.tensors(), strict=True)
+        },
+    )
     return layers
 
 
@@ -164,11 +204,13 @@ def _expert_tensor_names(layer: ExpertLayer) -> list[str]:
             )
         names = list(spec.tensors)
     else:
+        sizes = (layer.num_experts, layer.num_experts + layer.num_zero_experts)
         names = [
             name
             for name, tensor in found.items()
-            if tensor.dim() and tensor.shape[0] == layer.num_experts and not _in_norm(module, name)
+            if tensor.dim() and tensor.shape[0] in sizes and not in_norm(module, name)
         ]
+        refuse_parts(module, where, layer.num_experts, names)
         if not names:
             shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in found.items())
             raise ValueError(
@@ -194,35 +236,43 @@ def _named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from module.named_buffers()
 
 
-def _in_norm(module: nn.Module, name: str) -> bool:
-    """Whether a tensor belongs to a norm inside the experts module, shared by all experts.
-
-    Its length is the hidden size, which may equal the number of experts by chance.
-    """
-    path, _, _ = name.rpartition(".")
-    return bool(path) and "norm" in type(module.get_submodule(path)).__name__.lower()
-
-
 def _get_tensor(module: nn.Module, name: str) -> torch.Tensor:
     path, _, leaf = name.rpartition(".")
     return getattr(module.get_submodule(path), leaf)
 
 
-def _set_tensor(module: nn.Module, name: str, change: Any) -> None:
-    """Replace a parameter or buffer by ``change(present)``; its kind and grad flag stay."""
+def _set_tensor(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Replace a parameter's or buffer's value.
+
+    A parameter stays the same object, where it can, so that an optimizer that holds it trains it.
+    """
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     present = getattr(owner, leaf)
-    # Experts are written in place later: they must not be born as inference tensors.
     with torch.inference_mode(False), torch.no_grad():
-        value = change(present)
-        if isinstance(present, nn.Parameter):
-            value = nn.Parameter(value, requires_grad=present.requires_grad)
-    setattr(owner, leaf, value)
+        if not isinstance(present, nn.Parameter):
+            setattr(owner, leaf, value)
+        elif present.is_inference() or present.device.type != value.device.type:
+            setattr(owner, leaf, nn.Parameter(value, requires_grad=present.requires_grad))
+        else:
+            # By way of another dtype: only then torch makes another node for its gradient. The one
+            # of a graph that is still around expects the shape that the parameter had.
+            other = torch.float64 if value.dtype != torch.float64 else torch.float32
+            present.data = value.new_empty(0, dtype=other)
+            present.data = value
+            present.grad = None  # it was one for other entries
+            # A graph that saved it before must not use what it holds now.
+            torch.autograd.graph.increment_version(present)
 
 
 def _select(full: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """``full[index]`` with the strides that each entry of ``full`` has."""
+    # Experts are written in place later: they must not be born as inference tensors.
+    with torch.inference_mode(False), torch.no_grad():
+        return _copy_entries(full, index)
+
+
+def _copy_entries(full: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     shape = (len(index), *full.shape[1:])
     if full.dim() < 2 or full[0].is_contiguous():
         result = torch.empty(shape, dtype=full.dtype, device=full.device)

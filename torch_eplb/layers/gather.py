@@ -36,8 +36,8 @@ def gather_layer(
         PeerLostError: a rank did not come within the time limit.
     """
     full = []
-    for tensor in layer.tensors():
-        result = empty_full(tensor, layer.num_experts, tensor.device)
+    for tensor, size in zip(layer.tensors(), layer.full_sizes, strict=True):
+        result = empty_full(tensor, size, tensor.device)
         gather_tensor(tensor, experts, live, comm, result)
         full.append(result)
     return full
@@ -60,7 +60,7 @@ def gather_tensor(
         tensor: ``[slots, ...]``, this rank's.
         experts, live, comm: see `gather_layer`.
         result: ``[experts, ...]`` with the strides of `empty_full`, on any device, or None to pass
-            the experts on and keep none. May differ between ranks.
+            the experts on and keep none. May differ between ranks. Entries beyond become zeros.
         scratch: flat uint8 for one expert's tensor at least, on the device of ``tensor``; needed
             where ``result`` is not on that device.
 
@@ -71,7 +71,11 @@ def gather_tensor(
     held = np.where(live, experts, -1)
     in_place = result is not None and result.device == tensor.device
     pending: list[dist.Work | None] = []
-    for expert in range(int(experts.max()) + 1):
+    num_experts = int(experts.max()) + 1
+    if result is not None and len(result) > num_experts:
+        for entry in result[num_experts:]:
+            byte_view(entry).zero_()  # not every dtype can be filled
+    for expert in range(num_experts):
         owner, slot = np.argwhere(held == expert)[0].tolist()
         target = byte_view(result[expert]) if result is not None else None
         if owner == comm.rank:
@@ -94,11 +98,11 @@ def gather_tensor(
     _finish(pending, comm)
 
 
-def empty_full(tensor: torch.Tensor, num_experts: int, device: torch.device) -> torch.Tensor:
-    """Uninitialised ``[experts, ...]`` where each expert has the strides it has in ``tensor``."""
+def empty_full(tensor: torch.Tensor, size: int, device: torch.device) -> torch.Tensor:
+    """Uninitialised ``[size, ...]`` where each expert has the strides it has in ``tensor``."""
     stride = (tensor[0].numel(), *tensor.stride()[1:])
     with torch.inference_mode(False):
-        shape = (num_experts, *tensor.shape[1:])
+        shape = (size, *tensor.shape[1:])
         return torch.empty_strided(shape, stride, dtype=tensor.dtype, device=device)
 
 

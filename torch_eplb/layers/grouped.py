@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch_eplb.routing import count_hits
 from torch_eplb.values.choices import ExpertsName
 
-__all__ = ["can_group", "grouped_experts", "why_not"]
+__all__ = ["can_group", "grouped_experts", "misfit", "why_not"]
 
 _ALIGNMENT = 16  # bytes; rows of a grouped product must begin at multiples of it
 # Their own arithmetic is this one, so ours takes its place; others are somebody's choice.
@@ -25,7 +25,7 @@ _SAME_ARITHMETIC = (None, "grouped_mm")
 def why_not(
     module: nn.Module, says_so: bool, asked: ExpertsName, device: torch.device
 ) -> str | None:
-    """What keeps a module from being computed by `grouped_experts`; None if nothing does.
+    """What keeps a module from being computed by `grouped_experts`, as of now; None if nothing.
 
     Args:
         module: an experts module.
@@ -35,21 +35,21 @@ def why_not(
     """
     if asked == "module":
         return "that is what was asked for"
+    selected = _selected(module)
+    if asked != "grouped" and selected not in _SAME_ARITHMETIC:
+        return f"the model selects the experts implementation {selected!r}"
+    return misfit(module, says_so, device)
+
+
+def misfit(module: nn.Module, says_so: bool, device: torch.device) -> str | None:
+    """What keeps it from being so computed for good: its class, its weights or the device."""
     if not hasattr(F, "grouped_mm"):
         return f"torch {torch.__version__} has no grouped_mm"
     if not says_so and not _is_fused(module):
         return f"{type(module).__name__} is not known to be a fused gate-up and down projection"
-    if "forward" in vars(module):
-        return "somebody has replaced its forward"
-    implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
-    if asked != "grouped" and implementation not in _SAME_ARITHMETIC:
-        return f"the model selects the experts implementation {implementation!r}"
     first, down = _weights(module)
-    if first.dtype != down.dtype or first.dtype not in (
-        torch.bfloat16,
-        torch.float16,
-        torch.float32,
-    ):
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    if first.dtype != down.dtype or first.dtype not in dtypes:
         return f"weights are {first.dtype} and {down.dtype}"
     for weight in (first, down):
         if any(size * weight.element_size() % _ALIGNMENT for size in weight.shape[1:]):
@@ -64,10 +64,19 @@ def why_not(
     return None
 
 
-def can_group(module: nn.Module, rows: torch.Tensor) -> bool:
-    """Whether these rows go with the weights; under autocast they may not."""
-    weight = _weights(module)[0]
-    return rows.dtype == weight.dtype and not torch.is_autocast_enabled(rows.device.type)
+def can_group(module: nn.Module, asked: ExpertsName, rows: torch.Tensor) -> bool:
+    """Whether that is how these rows are computed, of a module that fits.
+
+    The implementation may be selected at any time, and under autocast rows may be of another dtype.
+    """
+    if rows.dtype != _weights(module)[0].dtype or torch.is_autocast_enabled(rows.device.type):
+        return False
+    return asked == "grouped" or _selected(module) in _SAME_ARITHMETIC
+
+
+def _selected(module: nn.Module) -> str | None:
+    """The implementation that a model of transformers' selects."""
+    return getattr(getattr(module, "config", None), "_experts_implementation", None)
 
 
 def grouped_experts(
@@ -81,7 +90,7 @@ def grouped_experts(
         slots_C: their slots.
     """
     first, down = _weights(module)
-    slots_C = slots_C.reshape(-1).long()
+    slots_C = slots_C.long()
     ends_S = count_hits(slots_C, first.shape[0]).cumsum(0).int()
     is_transposed = bool(getattr(module, "is_transposed", False))
 

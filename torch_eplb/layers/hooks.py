@@ -13,10 +13,18 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from torch_eplb.layers.context import LayerContext, recomputing
 from torch_eplb.layers.experts import ExpertLayer
-from torch_eplb.routing import choose_from_table, choose_locally, count_hits, logical_ids
+from torch_eplb.layers.graphs import note_traced
+from torch_eplb.routing import (
+    choose_from_table,
+    choose_locally,
+    count_hits,
+    logical_ids,
+    zero_compute,
+)
 
 __all__ = ["BoundToRanks", "Dispatch", "capturing"]
 
@@ -53,12 +61,15 @@ class Dispatch(BoundToRanks):
     """Hooks on one experts module. Subclasses say how tokens travel.
 
     Attributes:
-        computed_by: who computes the experts, in words.
         returns: whether results are brought back after the module's forward.
     """
 
     returns = True
-    computed_by = "the layer itself"
+
+    @property
+    def computed_by(self) -> str:
+        """Who computes the experts, in words."""
+        return "the layer itself"
 
     def __init__(self, layer: ExpertLayer, index: int, context: LayerContext) -> None:
         self.layer = layer
@@ -83,9 +94,15 @@ class Dispatch(BoundToRanks):
     ) -> Any:
         raise NotImplementedError
 
-    def _call_roster(self) -> None:
-        """Where several models are wrapped: make sure that all ranks are in this one."""
-        self.context.roster.call(self.context.position.at(self.index))
+    def _begin(self) -> None:
+        """Note that the layer is entered, and make sure that all ranks are in this model."""
+        position = self.context.position
+        if torch.compiler.is_compiling():
+            note_traced(position.number)
+            return
+        position.count_entry()
+        if self.returns:
+            self.context.roster.call(position.at(self.index))
 
     def visit(self) -> None:
         """Enter the layer without tokens, for other ranks that have some.
@@ -117,6 +134,9 @@ class Dispatch(BoundToRanks):
         weights: torch.Tensor,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         spec = self.layer.spec
+        if spec.needs_two_choices:  # the second is a zero-compute expert: past the local slots
+            ids = pad(ids, (0, 1), value=self.context.tables.num_slots)
+            weights = pad(weights, (0, 1))
         values = {spec.hidden_states: hidden, spec.expert_ids: ids}
         if spec.expert_weights is not None:
             values[spec.expert_weights] = weights
@@ -124,7 +144,19 @@ class Dispatch(BoundToRanks):
 
     def _logical(self, ids_TK: torch.Tensor) -> torch.Tensor:
         """The router's ids as the hot path takes them."""
-        return logical_ids(ids_TK, self.layer.num_experts, layer=self.layer.name)
+        layer = self.layer
+        return logical_ids(ids_TK, layer.num_experts, layer.num_zero_experts, layer.name)
+
+    def _identity(
+        self, hidden_TH: torch.Tensor, router_ids: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor | None:
+        """``[T, H]``: what zero-compute experts add to the output, at home; None without them."""
+        layer = self.layer
+        if not layer.num_zero_experts:
+            return None
+        chosen_TK = zero_compute(router_ids, layer.num_experts, layer.num_zero_experts)
+        share_T = weights_TK.masked_fill(~chosen_TK, 0.0).sum(1, keepdim=True)
+        return (hidden_TH * share_T).to(hidden_TH.dtype)
 
     @property
     def _bin(self) -> int:

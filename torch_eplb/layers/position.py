@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import enum
+import logging
 from collections.abc import Sequence
 
+from torch_eplb.layers.graphs import register
 from torch_eplb.values.errors import EPLBError
 
 __all__ = ["Position", "Progress"]
+
+logger = logging.getLogger("torch_eplb")
+
+_MOST_UNSEEN = 10  # forwards without a layer; some inputs may reach none
+_MOST_PASSES = 100  # through all layers without a forward; a layer may be called more than once
 
 
 class Progress(enum.Enum):
@@ -30,6 +37,10 @@ class Position:
         counts: False where steps are no longer compared, because balancing has ended.
         progress: of the forward under way. A forward in a compiled graph is not told from none.
         latest_step: the latest step in which another rank was met that was not in ours.
+        entries: how often layers were entered since the last boundary, outside of graphs.
+        traced: hooks of layers are a part of graphs, whose entries are not seen.
+        number: for `graphs.note_traced`.
+        stalled: why steps and layers do not go together, or None.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -38,11 +49,52 @@ class Position:
         self.counts = True
         self.progress = Progress.IDLE
         self.latest_step = -1
+        self.entries = 0
+        self.traced = False
+        self.number = register(self)
+        self.stalled: str | None = None
+        self._is_forward = False  # the step under way is a forward, whose hooks are seen
+        self._unseen = 0
+        self._most_entries = _MOST_PASSES * num_layers
 
     @property
     def is_behind(self) -> bool:
         """Whether other ranks were met in a forward that this one has not made."""
         return self.step <= self.latest_step
+
+    def begin(self, is_forward: bool) -> None:
+        """A boundary: were layers entered in the forward before it?
+
+        Args:
+            is_forward: False for a replay of a captured graph, which runs no hooks.
+        """
+        if self.entries:
+            self._unseen, self.stalled = 0, None
+        elif self._is_forward and not self.traced:
+            self._unseen += 1
+            if self._unseen == _MOST_UNSEEN:
+                self._warn(
+                    f"{_MOST_UNSEEN} forwards in a row have run no MoE layer's hooks",
+                    "nothing is counted, and tokens do not find experts that are not in their "
+                    "first place. Compile and capture the model after wrapping it, and call its "
+                    "modules rather than their forward",
+                )
+        self.entries, self._is_forward = 0, is_forward
+
+    def count_entry(self) -> None:
+        """A layer is entered."""
+        self.entries += 1
+        if self.entries == self._most_entries and self.counts:
+            self._warn(
+                f"MoE layers were entered {self.entries} times without a step",
+                "nothing is balanced, because whatever runs the model does not call the module "
+                "whose forwards are its steps. Call balancer.step() before each pass through the "
+                "layers, on every rank",
+            )
+
+    def _warn(self, reason: str, explanation: str) -> None:
+        self.stalled = reason
+        logger.warning("%s: %s", reason, explanation)
 
     def at(self, layer: int) -> int:
         """Where this rank is, in one integer that travels with its counts."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["BoundArguments", "LayerSpec", "find_spec", "register_layer"]
+__all__ = ["BoundArguments", "LayerSpec", "find_spec", "register_layer", "skips_sentinel"]
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,14 @@ class LayerSpec:
         tensors: names of the tensors indexed by expert on dim 0, or None for every parameter and
             buffer of the module whose dim 0 has ``num_experts`` entries.
         skips_sentinel: forward ignores choices whose id equals the number of local experts, so that
-            ``dispatch="all_reduce"`` can mark foreign choices without changing any shape.
+            ``dispatch="all_reduce"`` can mark foreign choices without changing any shape. None:
+            transformers' experts, which do in all implementations but the eager loop.
         fused: forward is that of fused gated experts, as `register_layer` says.
         token_mask: name of forward's argument that tells tokens from padding, or None.
+        num_zero_experts: name of the attribute that holds the number of zero-compute experts, or
+            None where there are none.
+        needs_two_choices: forward cannot take rows of a single choice (transformers' LongCat-Flash
+            drops the dimension), so that it gets a second one, of weight 0, that computes nothing.
     """
 
     hidden_states: str
@@ -41,8 +46,10 @@ class LayerSpec:
     expert_weights: str | None
     num_experts: str = "num_experts"
     tensors: tuple[str, ...] | None = None
-    skips_sentinel: bool = False
+    skips_sentinel: bool | None = False
     token_mask: str | None = None
+    num_zero_experts: str | None = None
+    needs_two_choices: bool = False
     fused: bool = False
 
 
@@ -65,6 +72,7 @@ def register_layer(
     tensors: Sequence[str] | None = None,
     skips_sentinel: bool = False,
     token_mask: str | None = None,
+    num_zero_experts: str | None = None,
     fused: bool = False,
 ) -> None:
     """Tell `torch_eplb.wrap` how to balance experts modules of class ``cls`` (and subclasses).
@@ -84,6 +92,10 @@ def register_layer(
         token_mask: forward's argument of shape ``[...]``, bool, one entry per token: rows where it
             is false are padding, which is computed and not counted as load. A caller may leave it
             out or pass None. For masks that do not reach the layer there is ``balancer.tokens``.
+        num_zero_experts: attribute of the module that holds the number of zero-compute experts Z,
+            whose ids are E..E+Z-1 and whose output is their input. They have no slot, are not
+            counted, and add weight times input on the rank that has the token; under external
+            dispatch their ids follow the last physical one.
         fused: an expert is ``down_proj(act_fn(gate) * up)`` with ``gate, up`` the halves of
             ``gate_up_proj``; these are the tensors' names, ``[experts, out, in]`` (with
             ``is_transposed = True`` ``[experts, in, out]``), ``act_fn`` is SiLU unless the module
@@ -93,7 +105,8 @@ def register_layer(
 
     Raises:
         TypeError: ``cls`` is no nn.Module class.
-        ValueError: its forward has no argument of a given name.
+        ValueError: its forward has no argument of a given name, or ``skips_sentinel`` and
+            ``num_zero_experts`` both want the id E.
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"cls must be a class derived from torch.nn.Module, got {cls!r}")
@@ -109,6 +122,11 @@ def register_layer(
                 f"{role}={name!r}: {cls.__name__}.forward has no such argument, it has "
                 f"{', '.join(known)}"
             )
+    if skips_sentinel and num_zero_experts is not None:
+        raise ValueError(
+            f"skips_sentinel=True and num_zero_experts={num_zero_experts!r}: the id past the last "
+            "expert is either a choice to ignore or a zero-compute expert; leave skips_sentinel out"
+        )
     _registry[cls] = LayerSpec(
         hidden_states,
         expert_ids,
@@ -117,7 +135,8 @@ def register_layer(
         tuple(tensors) if tensors is not None else None,
         skips_sentinel,
         token_mask,
-        fused,
+        num_zero_experts,
+        fused=fused,
     )
 
 
@@ -127,15 +146,34 @@ def find_spec(module: nn.Module) -> LayerSpec | None:
         if cls in _registry:
             return _registry[cls]
     names = tuple(inspect.signature(type(module).forward).parameters)[1:4]
-    if names not in _KNOWN or not isinstance(getattr(module, "num_experts", None), int):
+    if names not in _KNOWN:
         return None
-    # Experts that take part in transformers' own expert parallelism skip the id past the last
-    # local expert, all but the loop of the gpt-oss class.
-    implementation = getattr(getattr(module, "config", None), "_experts_implementation", "eager")
-    skips = hasattr(module, "_is_expert_parallel") and (
-        names[1] == "top_k_index" or implementation not in ("eager", None)
-    )
-    return LayerSpec(*names, skips_sentinel=skips)
+    if isinstance(getattr(module, "num_experts", None), int):
+        # Those that take part in transformers' own expert parallelism skip sentinels, at times.
+        return LayerSpec(
+            *names, skips_sentinel=None if hasattr(module, "_is_expert_parallel") else False
+        )
+    zero = "zero_expert_num"  # LongCat-Flash
+    if all(isinstance(getattr(module, name, None), int) for name in ("num_routed_experts", zero)):
+        return LayerSpec(
+            *names,
+            num_experts="num_routed_experts",
+            num_zero_experts=zero,
+            needs_two_choices=True,
+        )
+    return None
+
+
+def skips_sentinel(spec: LayerSpec, module: nn.Module) -> bool:
+    """Whether the module's forward ignores choices of the id past its last expert, as of now.
+
+    The implementation of transformers' experts may be changed at any time. Their eager loops are
+    not made alike, and wait for the device anyhow, so that none of them is given a sentinel.
+    """
+    if spec.skips_sentinel is not None:
+        return spec.skips_sentinel
+    implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    return implementation not in ("eager", None)
 
 
 class BoundArguments:

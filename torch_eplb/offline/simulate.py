@@ -47,9 +47,9 @@ def simulate(
         progress: called after every interval of every replay.
 
     Returns:
-        ``{"trace": {...}, "settings": {...}, "expert_load": [layers][experts], "policies": {label:
-        {...}}}``. A label is a policy's name, and with several replica choices ``policy+choice``;
-        what it maps to is explained at `summarise`. ``expert_load`` is relative to the mean.
+        A dict of "trace", "settings", "expert_load" ``[layers][experts]`` relative to the mean, and
+        "policies" by label. A label is a policy's name, and with several replica choices
+        ``policy+choice``; what it maps to is explained at `summarise`.
 
     Raises:
         ValueError: as `replay`; more steps asked for than there are; nothing to replay.

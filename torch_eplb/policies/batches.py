@@ -7,14 +7,18 @@ gathering by rank or expert copies whole rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Replicas", "level", "solve_batches", "tightest_cuts"]
+__all__ = ["Replicas", "blocks", "level", "solve_batches", "tightest_cuts"]
 
-Floats = NDArray[np.float64]
+Floats = NDArray[Any]
+"""Double, or single precision where that is enough."""
+
 Ints = NDArray[np.int64]
 
 TOLERANCE = 1e-3
@@ -29,15 +33,18 @@ class Replicas:
     """The replicated experts of all layers, as flat arrays.
 
     An *item* is a replicated expert of a layer, a *row* one of its replicas. Items are ordered by
-    their number of replicas, so that a group of equal numbers is a rectangle ``[items, replicas]``.
+    their number of replicas; the rows of items with equally many are a rectangle ``[replicas,
+    items]``: sums over an expert's replicas then run over the first axis, in long strides.
 
     Attributes:
         num_ranks: R. Ranks of all layers are numbered ``layer * R + rank``.
-        groups: ``(replicas, items)`` of each group, in order.
+        groups: ``(replicas, items)`` of each rectangle, in order.
         expert: ``[items]``, ``layer * experts + expert``.
         row_item, row_rank, row_slot: ``[rows]``: the row's item, rank, and slot (an index into
             the flattened placement).
-        at_rank: ``[layers * R, K]``: the rows on a rank, padded with the number of rows.
+        turns: rows by rank, as lists that hold at most one row of each rank, longest first: the
+            i-th row of ``turns[k]`` is on rank ``order[i]``.
+        order: ``[layers * R]``, ranks by their number of rows, most first.
         crowd: ``[items, 1]``, the most rows on any of the item's ranks.
         single_rank: ``[layers, experts]``, the rank of an expert with one slot, else R.
     """
@@ -48,7 +55,8 @@ class Replicas:
     row_item: Ints
     row_rank: Ints
     row_slot: Ints
-    at_rank: Ints
+    turns: tuple[Ints, ...]
+    order: Ints
     crowd: Floats
     single_rank: Ints
 
@@ -58,33 +66,39 @@ class Replicas:
         layers, ranks, slots = experts.shape
         key = (experts + np.arange(layers)[:, None, None] * num_experts).reshape(-1)
         counts = np.bincount(key, minlength=layers * num_experts)
-        many = counts[key] > 1
-        slot = np.flatnonzero(many)
-        slot = slot[np.lexsort((key[slot], counts[key[slot]]))]
-        rank = slot // slots
-        first = np.flatnonzero(np.diff(key[slot], prepend=-1))
-        item = np.repeat(np.arange(len(first)), counts[key[slot[first]]])
-        sizes, items = np.unique(counts[key[slot[first]]], return_counts=True)
-
-        rows = len(slot)
-        order = np.argsort(rank, kind="stable")
-        column = np.arange(rows) - np.searchsorted(rank[order], rank[order])
-        at_rank = np.full((layers * ranks, int(column.max(initial=-1)) + 1), rows)
-        at_rank[rank[order], column] = order
-        movers = np.bincount(rank, minlength=layers * ranks)[rank].astype(np.float64)
-        crowd = np.maximum.reduceat(movers, first) if rows else movers
-
         single = np.full(layers * num_experts, ranks)
-        alone = np.flatnonzero(~many)
+        alone = np.flatnonzero(counts[key] == 1)
         single[key[alone]] = alone // slots % ranks
+
+        slot = np.flatnonzero(counts[key] > 1)
+        slot = slot[np.lexsort((key[slot], counts[key[slot]]))]
+        sizes, rows_of = np.unique(counts[key[slot]], return_counts=True)
+        groups = tuple(zip(sizes.tolist(), (rows_of // sizes).tolist(), strict=True))
+        none = np.zeros(0, dtype=np.int64)
+        expert, row_item, taken = [none], [none], [none]
+        row = item = 0
+        for size, items in groups:
+            block = slot[row : row + size * items].reshape(items, size)
+            expert.append(key[block[:, 0]])
+            taken.append(block.T.reshape(-1))
+            row_item.append(np.tile(np.arange(item, item + items), size))
+            row, item = row + size * items, item + items
+        row_slot = np.concatenate(taken)
+        rank = row_slot // slots
+        per_rank = np.bincount(rank, minlength=layers * ranks)
+        crowd = none.astype(np.float64)
+        if row:
+            busy = per_rank[rank].astype(np.float64)
+            crowd = np.concatenate([part.max(axis=0) for part in blocks(busy, groups)])
         return cls(
             num_ranks=ranks,
-            groups=tuple(zip(sizes.tolist(), items.tolist(), strict=True)),
-            expert=key[slot[first]],
-            row_item=item,
+            groups=groups,
+            expert=np.concatenate(expert),
+            row_item=np.concatenate(row_item),
             row_rank=rank,
-            row_slot=slot,
-            at_rank=at_rank,
+            row_slot=row_slot,
+            turns=_turns(rank, per_rank),
+            order=np.argsort(-per_rank, kind="stable"),
             crowd=crowd[:, None],
             single_rank=single.reshape(layers, num_experts),
         )
@@ -95,12 +109,36 @@ class Replicas:
         load: ``[layers, experts, samples]``.
         """
         hot = self.single_rank[:, None, :] == np.arange(self.num_ranks)[:, None]
-        return np.matmul(hot.astype(np.float64), load).reshape(-1, load.shape[2])
+        return np.matmul(hot.astype(load.dtype), load).reshape(-1, load.shape[2])
 
     def scatter(self, parts: Floats) -> Floats:
         """``[layers * R, samples]``: sums over each rank of parts ``[rows, samples]``."""
-        rows = np.concatenate((parts, np.zeros((1, parts.shape[1]))))
-        return rows[self.at_rank].sum(axis=1)
+        sums = np.zeros((len(self.order), parts.shape[1]), parts.dtype)
+        for rows in self.turns:
+            sums[: len(rows)] += parts[rows]
+        result = np.empty_like(sums)
+        result[self.order] = sums
+        return result
+
+
+def _turns(rank: Ints, per_rank: Ints) -> tuple[Ints, ...]:
+    """See `Replicas`."""
+    order = np.argsort(-per_rank, kind="stable")
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    by_rank = np.lexsort((np.arange(len(rank)), place[rank]))
+    turn = np.arange(len(rank)) - np.repeat(
+        per_rank[order].cumsum() - per_rank[order], per_rank[order]
+    )
+    return tuple(by_rank[turn == k] for k in range(int(per_rank.max(initial=0))))
+
+
+def blocks(rows: NDArray[Any], groups: tuple[tuple[int, int], ...]) -> Iterator[NDArray[Any]]:
+    """Views of ``rows [rows, ...]`` by group, ``[replicas, items, ...]``."""
+    at = 0
+    for size, items in groups:
+        yield rows[at : at + size * items].reshape(size, items, *rows.shape[1:])
+        at += size * items
 
 
 def level(total: Floats, floor: Floats, groups: tuple[tuple[int, int], ...]) -> Floats:
@@ -118,44 +156,41 @@ def level(total: Floats, floor: Floats, groups: tuple[tuple[int, int], ...]) -> 
     [[3.0, 7.0, 0.0]]
     """
     parts = np.empty_like(floor)
-    row = item = 0
-    for size, items in groups:
-        here = floor[row : row + size * items].reshape(items, size, -1)
-        pour = total[item : item + items]
-        out = parts[row : row + size * items].reshape(items, size, -1)
-        if size == 2:
-            half = (pour + here[:, 1] - here[:, 0]) / 2
-            np.minimum(np.maximum(half, 0.0), pour, out=out[:, 0])
-            np.subtract(pour, out[:, 0], out=out[:, 1])
+    item = 0
+    for here, out in zip(blocks(floor, groups), blocks(parts, groups), strict=True):
+        pour = total[item : item + here.shape[1]]
+        if len(here) == 2:
+            half = (pour + here[1] - here[0]) / 2
+            np.minimum(np.maximum(half, 0.0), pour, out=out[0])
+            np.subtract(pour, out[0], out=out[1])
         else:
             _level_many(pour, here, out)
-        row += size * items
-        item += items
+        item += here.shape[1]
     return parts
 
 
 def _level_many(total: Floats, floor: Floats, out: Floats) -> None:
-    """Water-filling of ``[items, size, samples]``: drop dry floors until none is left.
+    """Water-filling of ``[size, items, samples]``: drop dry floors until none is left.
 
     The level of all floors is too high only because of floors above it, so leaving those out
     lowers it towards the answer from above (Michelot 1986); at most ``size`` rounds.
     """
-    size = floor.shape[1]
+    size = len(floor)
     # The level is at least the lowest floor, which rounding must not leave dry.
-    low = floor.min(axis=1)
-    height = np.maximum((total + floor.sum(axis=1)) / size, low)
+    low = floor.min(axis=0)
+    height = np.maximum((total + floor.sum(axis=0)) / size, low)
     wet = size * height.size
     for _ in range(size):
-        below = floor <= height[:, None]
-        count = below.sum(axis=1)
-        now = int(count.sum())
+        below = floor <= height
+        count = below.sum(axis=0, dtype=floor.dtype)
+        now = int(count.sum(dtype=np.float64))
         if now == wet:
             break
         wet = now
-        lower = (total + np.where(below, floor, 0.0).sum(axis=1)) / count
+        lower = (total + np.where(below, floor, 0.0).sum(axis=0)) / count
         # Never upwards: rounding would bring a floor that lies at the level back, for ever.
         height = np.maximum(np.minimum(lower, height), low)
-    np.maximum(height[:, None] - floor, 0.0, out=out)
+    np.maximum(height - floor, 0.0, out=out)
 
 
 def solve_batches(
@@ -170,7 +205,7 @@ def solve_batches(
     (`tightest_cuts`), or after ``iterations``.
 
     Args:
-        load: ``[layers, experts, samples]``.
+        load: ``[layers, experts, samples]``, in single precision if that is enough.
         experts: the placement, ``[layers, ranks, slots]``.
 
     Returns:
@@ -181,7 +216,7 @@ def solve_batches(
     layout = Replicas.of(experts, num_experts)
     load = np.ascontiguousarray(load)
     base = layout.fixed_loads(load)
-    parts = np.zeros((len(layout.row_rank), samples))
+    parts = np.zeros((len(layout.row_rank), samples), load.dtype)
     loads = base.reshape(layers, ranks, samples).copy()
     if not len(parts):
         return loads, parts
@@ -215,14 +250,11 @@ class _Descent:
         self.base = base
         self.total = total
         self.layout = layout
-        share = np.repeat(
-            1.0 / np.array([size for size, items in layout.groups for _ in range(items)]),
-            np.bincount(layout.row_item),
-        )
-        self.parts = total[layout.row_item] * share[:, None]
+        replicas = np.repeat([size for size, _ in layout.groups], [n for _, n in layout.groups])
+        self.parts = (total / replicas[:, None].astype(total.dtype))[layout.row_item]
         self.ahead = self.parts
         self.age = np.zeros_like(total)
-        self.weight = layout.crowd[layout.row_item]
+        self.weight = layout.crowd[layout.row_item].astype(total.dtype)
 
     def only(self, layers: NDArray[np.bool_], layout: Replicas) -> _Descent:
         """The same, of the layers that the mask keeps; ``layout`` is theirs."""
@@ -238,12 +270,17 @@ class _Descent:
         layout = self.layout
         loads = self.base + layout.scatter(self.ahead)
         # Moving every expert at once changes a rank by up to `crowd` parts: divide by it.
-        new = level(self.total, loads[layout.row_rank] / self.weight - self.ahead, layout.groups)
+        floor = loads[layout.row_rank]
+        floor /= self.weight
+        floor -= self.ahead
+        new = level(self.total, floor, layout.groups)
         moved = new - self.parts
         # Restart an expert where its momentum points uphill.
-        uphill = _item_sums((self.ahead - new) * moved, layout.groups) > 0
-        self.age = np.where(uphill, 0.0, self.age + 1.0)
-        self.ahead = new + moved * (self.age / (self.age + 3.0))[layout.row_item]
+        uphill = (self.ahead - new) * moved
+        sums = np.concatenate([part.sum(axis=0) for part in blocks(uphill, layout.groups)])
+        self.age = np.where(sums > 0, 0.0, self.age + 1.0)
+        moved *= (self.age / (self.age + 3.0))[layout.row_item]
+        self.ahead = new + moved
         self.parts = new
 
     def done(self) -> tuple[Floats, NDArray[np.bool_]]:
@@ -252,16 +289,6 @@ class _Descent:
         loads = loads.reshape(-1, self.layout.num_ranks, loads.shape[1])
         bound = tightest_cuts(loads, self.base, self.total, self.layout)[0]
         return loads, (loads.max(axis=1) <= bound * (1 + TOLERANCE)).all(axis=1)
-
-
-def _item_sums(rows: Floats, groups: tuple[tuple[int, int], ...]) -> Floats:
-    """``[items, samples]``: sums over each item's rows."""
-    sums = []
-    row = 0
-    for size, items in groups:
-        sums.append(rows[row : row + size * items].reshape(items, size, -1).sum(axis=1))
-        row += size * items
-    return np.concatenate(sums)
 
 
 def tightest_cuts(
@@ -290,9 +317,9 @@ def tightest_cuts(
     inside = np.take_along_axis(base.reshape(loads.shape), order, axis=1)
     if len(total):
         by_row = place.reshape(-1, samples)[layout.row_rank]
-        first = np.flatnonzero(np.diff(layout.row_item, prepend=-1))
-        last = np.maximum.reduceat(by_row, first, axis=0)  # the item's least loaded rank
-        layer = layout.row_rank[first] // ranks
+        # The item's least loaded rank.
+        last = np.concatenate([part.max(axis=0) for part in blocks(by_row, layout.groups)])
+        layer = layout.expert // layout.single_rank.shape[1]
         cell = (layer[:, None] * ranks + last) * samples + np.arange(samples)
         inside = inside + np.bincount(
             cell.reshape(-1), weights=total.reshape(-1), minlength=inside.size

@@ -2,57 +2,61 @@
 
 It judges placements on the window's samples under the split that the runtime will use, starting
 from the live placement: nothing moves in a layer that the split alone balances, and elsewhere only
-what pays (`search`). A layer that is far from balance may start from another policy's placement, if
-all that moves for it pays. Where the split of every batch is solved, what counts is not how even
-the mean loads are but whether hot ranks can hand tokens on: see `objectives.CutObjective`.
+what pays. Where replicas share evenly, or there are none, what counts is how high ranks' loads rise
+together (`fixed`); where the split of every batch is solved, whether hot ranks can hand tokens on
+(`cuts`). A layer that is far from balance may start from another placement, if all that moves for
+it pays.
 
-Samples are sums over several steps, and single steps scatter more than sums do; so each sample's
-distance from the mean is widened before judging (`SPREAD`).
+Three guards against chasing noise. Samples scatter less than the steps that they sum up, so each
+sample's distance from the mean is widened before judging (`SPREAD`). A change must gain more than
+its price. And where the samples scatter much as independent tokens would (`dispersion`),
+every token is dealt to one of two halves, and a layer is left alone unless what pays on one half
+also pays on the other, beyond chance: the halves share what moves the load, but not the noise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from torch_eplb.policies import flashlb, swift
-from torch_eplb.policies.batches import Replicas, solve_batches, tightest_cuts
 from torch_eplb.policies.deepseek import groups_on_nodes, node_bound, place
-from torch_eplb.policies.objectives import CutObjective, EvenObjective, Objective, all_sets
-from torch_eplb.policies.search import Search
-from torch_eplb.policies.split import even_split, judged_par
+from torch_eplb.policies.improve import Rules, improve, par
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Topology
 
 __all__ = ["SPREAD", "Knobs", "plan"]
 
 Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 Placed = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class Knobs:
-    """How eagerly experts move.
+    """How eagerly experts move, and how long that may be thought about.
 
     Attributes:
         min_gain: least fall of a layer's mean PAR that every changed slot must bring.
         target_par: nothing moves in a layer whose predicted PAR is at most this.
         max_moves: most slots changed per layer and rebalance; None for no bound.
+        plan_seconds: a search that takes longer answers the best that it has found; None for no
+            bound. What is then left undone is left to the next rebalance, worst layers first.
     """
 
-    min_gain: float = 0.001
+    min_gain: float = 0.0003
     target_par: float = 1.005
     max_moves: int | None = None
+    plan_seconds: float | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("min_gain", 0.0), ("target_par", 1.0)):
+        for name, least in (("min_gain", 0.0), ("target_par", 1.0), ("plan_seconds", 0.0)):
             value = getattr(self, name)
+            if value is None and name == "plan_seconds":
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} must be a number, got {value!r}")
             if not least <= value < math.inf:
@@ -70,35 +74,23 @@ class Knobs:
         return cls(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 
-SPREAD = {"batch": 2.0, "local": 3.0, "table": 2.0, "even": 2.0}
+SPREAD = 2.0
 """Factor on each sample's distance from the mean. A sum over k independent steps scatters less
-than a step does by sqrt(k); "local" solves each rank's part of a batch, which scatters more yet.
-Not fitted closely: 1.5 to 3 give much the same on recorded and synthetic load."""
+than a step does by sqrt(k). Not fitted closely: 1.5 to 3 give much the same on recorded and
+synthetic load."""
 
-_SMALL = 8
-"""Up to this many ranks all sets of ranks are judged (255 of them)."""
+_SAMPLES = 32
+"""Most samples that searching by cuts looks at: neighbours are added up."""
 
-_STEPS = 64
-"""Search steps of a layer at most, per plan (and per round of cuts: `_STEPS_PER_ROUND`)."""
+_DOUBT = 3.0
+"""How many standard errors a layer's gain on unseen tokens must be above nothing, where the samples
+scatter as independent tokens do; in parts of that where they scatter more, or less."""
 
-_STEPS_PER_ROUND = 12
-_ROUNDS = 8
+_LITTLE = 0.001
+"""Added to the standard error: smaller gains are not worth a plan."""
 
-_FAR = 1.2
-"""Mean PAR above which a layer does not start from where it is: see `_Task._restart`."""
-
-_CUTS_COST = 3
-"""What finding a layer's cuts costs, in search steps."""
-
-_WORK = 2 << 26
-"""Numbers that searching by cuts may look at per plan, about: under a second's worth. What is then
-left undone is left to the next rebalance, worst layers first."""
-
-_NEARLY = 0.97
-"""Sets with less than this per rank, in units of the mean, do not bind."""
-
-_CUT_ITERATIONS = 16
-"""Of the solver, for finding cuts: any split's cuts are valid, only the tightest take longer."""
+_UNLIKE = 0.25
+"""Nothing is doubted where samples scatter this much less, or as many times more."""
 
 
 def plan(
@@ -119,8 +111,7 @@ def plan(
         replica_choice: "batch", "local", "table" or "even".
         knobs: how eagerly experts move.
     """
-    x = widen(units(load, current.num_ranks), SPREAD[replica_choice])
-    task = _Task(x, replica_choice, knobs, current, topology)
+    task = _Task(load, replica_choice, knobs, current, topology)
     if not node_bound(current, topology):
         return Placement(task.improve(current.experts)[0], current.num_experts)
     anew = current.align(place(load.mean(axis=0), current, topology)).experts
@@ -141,201 +132,80 @@ def plan(
 
 
 class _Task:
-    """One plan's samples and bounds, and the search through all layers."""
+    """One plan's samples and rules.
+
+    Attributes:
+        load: ``[samples, layers, experts]``, perhaps with neighbouring samples added up.
+        x: the same in units of the mean rank load, widened.
+    """
 
     def __init__(
-        self, x: Floats, choice: str, knobs: Knobs, current: Placement, topology: Topology
+        self, load: Floats, choice: str, knobs: Knobs, current: Placement, topology: Topology
     ) -> None:
-        self.x = x
-        self.fixed = choice in ("even", "table")
-        self.knobs = knobs
+        fixed = choice in ("even", "table") or not current.num_redundant_experts
+        deadline = math.inf
+        if knobs.plan_seconds is not None:
+            deadline = time.monotonic() + knobs.plan_seconds
+        self.rules = Rules(
+            fixed,
+            price=knobs.min_gain,
+            target=knobs.target_par,
+            most=math.inf if knobs.max_moves is None else knobs.max_moves,
+            nodes=topology.num_nodes if node_bound(current, topology) else 1,
+            deadline=deadline,
+        )
+        self.spread = SPREAD
+        if not fixed and len(load) > _SAMPLES:
+            added = -(-len(load) // _SAMPLES)
+            load = np.add.reduceat(load, np.arange(0, len(load), added), axis=0)
+            self.spread *= math.sqrt(added)
         self.num_ranks = current.num_ranks
-        self.num_slots = current.num_slots
-        self.num_experts = current.num_experts
-        self.topology = topology if node_bound(current, topology) else None
+        self.load = load
+        self.x = self.judged(load)
+
+    def judged(self, load: Floats) -> Floats:
+        return widen(units(load, self.num_ranks), self.spread)
 
     def improve(self, start: Placed, layers: Bools | None = None) -> tuple[Placed, Floats]:
         """Search from ``start [layers, ranks, slots]``, in the layers of the mask.
 
         Returns the placement and each layer's value (mean PAR as judged).
         """
-        mask = np.ones(len(start), dtype=bool) if layers is None else layers
         experts = np.array(start)
-        value = np.zeros(len(start))
-        searches = {int(layer): self._search(start, int(layer)) for layer in np.flatnonzero(mask)}
-        objective: Objective
-        if self.fixed:
-            objective = EvenObjective()
-        elif self.num_ranks <= _SMALL:
-            objective = CutObjective(all_sets(self.num_ranks))
-        else:
-            self._search_by_cuts(searches, experts, value)
-            return experts, value
-
-        def rate(layers: Ints, tried: Placed) -> Floats:
-            for layer, placed in zip(layers.tolist(), tried, strict=True):
-                searches[layer].reset(placed)
-            return np.array([searches[layer].value(objective) for layer in layers.tolist()])
-
-        self._restart(searches, experts, rate)
-        for layer, search in searches.items():
-            search.run(objective, self.knobs.target_par, _STEPS)
-            experts[layer] = search.experts(self.num_slots)
-            value[layer] = search.value(objective)
+        value = par(self.x, start, self.rules.fixed).mean(axis=0)
+        todo = value > self.rules.target
+        if layers is not None:
+            todo &= layers
+        todo[todo] = self._lasts(start[todo], self.load[:, todo])
+        if todo.any():
+            experts[todo], value[todo] = improve(self.x[:, todo], start[todo], self.rules)
         return experts, value
 
-    def _search(self, start: Placed, layer: int) -> Search:
-        allowed = None
-        if self.topology is not None:
-            allowed = self._own_nodes(start[layer])
-        most = np.inf if self.knobs.max_moves is None else self.knobs.max_moves
-        return Search(
-            start[layer],
-            self.x[:, layer],
-            allowed=allowed,
-            price=self.knobs.min_gain,
-            most=most,
-        )
+    def _lasts(self, start: Placed, load: Floats) -> Bools:
+        """``[layers]``: whether what half of the tokens ask for pays for the other half, too.
 
-    def _own_nodes(self, experts: NDArray[np.int32]) -> Bools:
-        """``[experts, ranks]``: the ranks of the node that holds the expert."""
-        assert self.topology is not None
-        held = np.zeros((self.num_experts, self.num_ranks), dtype=bool)
-        held[experts, np.arange(self.num_ranks)[:, None]] = True
-        nodes = held.reshape(self.num_experts, self.topology.num_nodes, -1).any(axis=2)
-        return np.repeat(nodes, self.topology.ranks_per_node, axis=1)
-
-    def _search_by_cuts(self, searches: dict[int, Search], experts: Placed, value: Floats) -> None:
-        """Search, find the cuts that bind by solving the splits, and search on; in place.
-
-        The search trusts the cuts that it knows, and so may spoil others: a round that made a
-        layer worse is undone, with the cuts that showed it kept, and the next one is shorter.
+        A placement fits the samples that it was made for so well that it always seems to pay, even
+        where they are nothing but noise.
         """
-        objectives = {layer: CutObjective(np.eye(self.num_ranks, dtype=bool)) for layer in searches}
-        best = dict.fromkeys(searches, np.inf)
-        trust = dict.fromkeys(searches, _STEPS_PER_ROUND)
-        tried = np.array(experts)
-        live = list(searches)
-        step_cost = 4 * self.x.shape[0] * self.num_experts * self.num_ranks
-        budget = max(_WORK // step_cost, 3 * len(searches))
-        self._restart(searches, tried, lambda layers, at: binding_cuts(self.x[:, layers], at)[0])
-        for turn in range(_ROUNDS + 1):
-            values, cuts = binding_cuts(self.x[:, live], tried[live])
-            budget -= _CUTS_COST * len(live) if turn else 0
-            pending = []
-            for layer, now, sets in zip(live, values, cuts, strict=True):
-                search = searches[layer]
-                net = now + self.knobs.min_gain * search.moved
-                if net < best[layer]:
-                    best[layer], value[layer] = net, now
-                    experts[layer] = tried[layer]
-                    trust[layer] = min(2 * trust[layer], _STEPS_PER_ROUND)
-                else:
-                    search.reset(experts[layer])
-                    trust[layer] = max(trust[layer] // 4, 1)
-                objectives[layer] = objectives[layer].with_sets(sets)
-                if value[layer] > self.knobs.target_par:
-                    pending.append(layer)
-            live = []
-            # Worst first, as far as the budget goes.
-            for layer in sorted(pending, key=lambda layer: -value[layer]):
-                if turn == _ROUNDS or budget <= 0:
-                    break
-                used = searches[layer].run(objectives[layer], self.knobs.target_par, trust[layer])
-                budget -= used
-                tried[layer] = searches[layer].experts(self.num_slots)
-                if used:
-                    live.append(layer)
-            if not live:
-                return
-
-    def _restart(
-        self,
-        searches: dict[int, Search],
-        tried: Placed,
-        rate: Callable[[Ints, Placed], Floats],
-    ) -> None:
-        """Start layers that are far from balance from elsewhere, if that pays; in place.
-
-        A local search stays near where it starts, and takes its time over each move. Tried are
-        the few moves of "swift" and a placement anew by risk ("flashlb" without its search).
-        ``rate`` gives the layers' mean PAR.
-        """
-        layers = np.array(list(searches))
-        net = rate(layers, tried[layers])
-        far = net > max(_FAR, self.knobs.target_par)
-        layers, net = layers[far], net[far]
-        if not len(layers):
-            return
-        x, start = self.x[:, layers], Placement(tried[layers], self.num_experts)
-        topology = self.topology or Topology(self.num_ranks)
-        nodes = topology.num_nodes if self.topology else 1
-        few = swift.plan(x, start, topology).experts
-        anew = np.array(few)
-        lasts = self._placing_anew_lasts(x, start, nodes)
-        if lasts.any():
-            where = start.experts[lasts]
-            anew[lasts] = flashlb.place_by_risk(x[:, lasts], where, where, nodes, depth=1)
-        for other in (few, anew):
-            value = rate(layers, other)
-            for index, layer in enumerate(layers.tolist()):
-                search = searches[layer]
-                search.reset(other[index])
-                restart_net = value[index] + self.knobs.min_gain * search.moved
-                if restart_net < net[index] and search.moved <= search.most:
-                    net[index], tried[layer] = restart_net, other[index]
-        for layer in layers.tolist():
-            searches[layer].reset(tried[layer])
-
-    def _placing_anew_lasts(self, x: Floats, start: Placement, nodes: int) -> Bools:
-        """``[layers]``: whether a placement for every other sample pays on the samples between.
-
-        A placement anew fits the samples so well that it always seems to pay, even where they are
-        nothing but noise; then it would be made anew at every plan.
-        """
-        if len(x) < 2:
-            return np.ones(x.shape[1], dtype=bool)
-        seen, unseen = x[::2], x[1::2]
-        anew = flashlb.place_by_risk(seen, start.experts, start.experts, nodes, depth=1)
-        moved = _moved(start.experts, anew, self.num_experts)
-        gain = self._mean_par(unseen, start.experts) - self._mean_par(unseen, anew)
-        return gain > self.knobs.min_gain * moved
-
-    def _mean_par(self, x: Floats, experts: Placed) -> Floats:
-        """``[layers]``: mean PAR over samples ``x`` under the split that the runtime will use."""
-        if self.fixed:
-            placement = Placement(experts, self.num_experts)
-            return judged_par(x, placement, even_split(placement), "even").mean(axis=0)
-        loads, _ = solve_batches(
-            np.ascontiguousarray(x.transpose(1, 2, 0)), experts, _CUT_ITERATIONS
-        )
-        return np.maximum(loads.max(axis=1), 1.0).mean(axis=1)
-
-
-def binding_cuts(x: Floats, experts: Placed) -> tuple[Floats, list[Bools]]:
-    """Mean PAR of each layer, split by the batch, and the sets of ranks that bind in its samples.
-
-    Args:
-        x: ``[samples, layers, experts]`` in units of the mean rank load.
-        experts: ``[layers, ranks, slots]``.
-
-    Returns:
-        ``[layers]``; for each layer ``[sets, ranks]`` bool, two sets for a sample, without those
-        that are far from binding.
-    """
-    load = np.ascontiguousarray(x.transpose(1, 2, 0))
-    layout = Replicas.of(experts, load.shape[1])
-    loads, _ = solve_batches(load, experts, _CUT_ITERATIONS)
-    total = load.reshape(-1, load.shape[2])[layout.expert]
-    _, per_rank, place = tightest_cuts(loads, layout.fixed_loads(load), total, layout)
-    size = np.argsort(-per_rank, axis=1)[:, :2] + 1  # [layers, 2, samples]
-    inside = place[:, None] < size[:, :, None]  # [layers, 2, R, samples]
-    tight = np.take_along_axis(per_rank, size - 1, axis=1) > _NEARLY
-    cuts = [
-        np.unique(sets.transpose(0, 2, 1)[keep], axis=0)
-        for sets, keep in zip(inside, tight, strict=True)
-    ]
-    return np.maximum(loads.max(axis=1), 1.0).mean(axis=1), cuts
+        lasts = np.ones(len(start), dtype=bool)
+        if len(load) < 2 or (load != np.rint(load)).any():
+            return lasts  # no counts of tokens
+        scatter = dispersion(load)
+        alike = np.minimum(scatter, 1.0 / np.maximum(scatter, np.finfo(float).tiny))
+        doubtful = alike > _UNLIKE
+        if not doubtful.any():
+            return lasts
+        start, load = start[doubtful], load[:, doubtful]
+        half = np.random.default_rng(0).binomial(load.astype(np.int64), 0.5).astype(np.float64)
+        found, _ = improve(self.judged(half), start, self.rules)
+        unseen = self.judged(load - half)
+        fixed = self.rules.fixed
+        gain = par(unseen, start, fixed) - par(unseen, found, fixed)
+        error = gain.std(axis=0, ddof=1) / math.sqrt(len(gain)) + _LITTLE
+        least = _DOUBT * alike[doubtful] * error
+        least += self.rules.price * _moved(start, found, load.shape[2])
+        lasts[doubtful] = gain.mean(axis=0) > least
+        return lasts
 
 
 def units(load: Floats, num_ranks: int) -> Floats:
@@ -357,6 +227,24 @@ def widen(x: Floats, spread: float) -> Floats:
         x.sum(axis=2, keepdims=True), total, out=np.zeros_like(total), where=total > 0
     )
     return wide * scale
+
+
+def dispersion(counts: Floats) -> Floats:
+    """``[layers]``: how much samples scatter, in parts of what independent tokens would.
+
+    Args:
+        counts: ``[samples, layers, experts]``, tokens; at least two samples.
+    """
+    of_all = counts.sum(axis=(0, 2), keepdims=True)
+    share = np.divide(
+        counts.sum(axis=0), of_all[0], out=np.zeros_like(counts[0]), where=of_all[0] > 0
+    )
+    expected = counts.sum(axis=2, keepdims=True) * share
+    apart = (counts - expected) ** 2
+    each = np.divide(apart, expected, out=np.zeros_like(apart), where=expected > 0)
+    freedom = (len(counts) - 1) * np.maximum((share > 0).sum(axis=1) - 1, 1)
+    scatter: Floats = each.sum(axis=(0, 2)) / freedom
+    return scatter
 
 
 def _moved(before: Placed, after: Placed, num_experts: int) -> NDArray[np.int64]:

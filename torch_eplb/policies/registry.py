@@ -44,6 +44,7 @@ def make_policy(
     min_gain: float | None = None,
     target_par: float | None = None,
     max_moves: int | None = None,
+    plan_seconds: float | None = None,
 ) -> Policy:
     """A policy whose answers are complete and obey the contract (see `check_plan`).
 
@@ -51,14 +52,16 @@ def make_policy(
         policy: a name from `POLICIES`, or a callable ``(load, current, topology)``.
         replica_choice: how the runtime will split tokens among replicas: "batch", "local",
             "table" or "even". None means "batch".
-        min_gain, target_par, max_moves: `flow.Knobs`; None for their defaults. Other policies do
-            not move by gain and ignore them.
+        min_gain, target_par, max_moves, plan_seconds: `flow.Knobs`; None for their defaults. Other
+            policies do not move by gain and ignore them.
 
     Raises:
         TypeError, ValueError: an unknown policy or replica choice, or a knob out of range.
     """
     choice = _replica_choice(replica_choice)
-    knobs = flow.Knobs.of(min_gain=min_gain, target_par=target_par, max_moves=max_moves)
+    knobs = flow.Knobs.of(
+        min_gain=min_gain, target_par=target_par, max_moves=max_moves, plan_seconds=plan_seconds
+    )
     answer = _resolve(policy, choice, knobs)
 
     def checked(load: NDArray[Any], current: Placement, topology: Topology) -> Plan:

@@ -40,10 +40,20 @@ class LoadCounters:
         self._experts = [row[:num_experts] for row in self.values]
         self._ranks = [row[num_experts:] for row in self.values]
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All that is written on the device."""
+        return [self.values, self.recording]
+
     def add(self, layer: int, hits_E: torch.Tensor, sent_R: torch.Tensor) -> None:
         """Count one batch of one layer."""
-        self._experts[layer].addcmul_(hits_E, self.recording)
-        self._ranks[layer].addcmul_(sent_R, self.recording)
+        if torch.compiler.is_compiling():
+            # Rows that were cut before would be further inputs of the graph on the same memory.
+            row = self.values[layer]
+            experts, ranks = row[: self.num_experts], row[self.num_experts :]
+        else:
+            experts, ranks = self._experts[layer], self._ranks[layer]
+        experts.addcmul_(hits_E, self.recording)
+        ranks.addcmul_(sent_R, self.recording)
 
     def set_recording(self, recording: bool) -> None:
         """Whether the coming step is recorded."""

@@ -123,6 +123,15 @@ class RoutingTables:
             self.choice_LEP = self.choice_LBP[:, :experts]
         self.update(placement, split)
 
+    def tensors(self) -> list[Tensor]:
+        """All that `update` writes on the device, each memory once."""
+        tables = [self.slots_LEM]
+        if self.solver_LEM is not self.slots_LEM:
+            tables.append(self.solver_LEM)
+        if self.choice_LBP is not None:
+            tables.append(self.choice_LBP)
+        return tables
+
     def update(
         self,
         placement: Placement,

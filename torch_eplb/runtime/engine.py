@@ -31,6 +31,7 @@ from torch_eplb.layers.context import LayerContext, recomputing
 from torch_eplb.layers.dispatch import BoundToRanks, Dispatch, make_dispatch
 from torch_eplb.layers.experts import common_owner
 from torch_eplb.layers.gather import gather_layer
+from torch_eplb.layers.graphs import forget_compiled
 from torch_eplb.layers.hooks import capturing
 from torch_eplb.layers.position import Position, Progress
 from torch_eplb.layers.roster import Roster
@@ -83,6 +84,7 @@ class Engine(BoundToRanks):
         recorded: which steps are recorded.
         guards: what keeps others from taking this rank's experts for everybody's.
         tokens: which rows of a forward are counted.
+        written: what a boundary may write on the device, but experts.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -130,6 +132,7 @@ class Engine(BoundToRanks):
                 topology=setup.topology,
                 prefer_local=not config.dispatch_kind.shares_tokens,
             )
+        self.written = [*self._tables.tensors(), *self._counters.tensors()]
         self.exchange = Exchange(self.layers, comm, setup.staging_bytes, config.verify)
         if config.record_path is not None:
             self._recorder = StepRecorder(
@@ -192,6 +195,7 @@ class Engine(BoundToRanks):
             clocked.register_forward_pre_hook(self._before_forward, prepend=True),
             clocked.register_forward_hook(self._after_forward),
         ]
+        forget_compiled()
         # A model that is dropped without close() must leave nothing behind; the planner ends by
         # itself, the groups must be given back.
         self._give_groups_back = weakref.finalize(self, self.comm.close)
@@ -271,7 +275,7 @@ class Engine(BoundToRanks):
     def _before_forward(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             # In a graph the boundary is one opaque operation that runs at every call.
-            clock.begin_step(self._tables.slots_LEM, self._counters.values, self._number)
+            clock.begin_step(self.written, self._number)
         elif not recomputing():
             self.begin_forward()
 
@@ -293,22 +297,34 @@ class Engine(BoundToRanks):
             self.boundary()
         self.position.progress = Progress.BEGUN
 
-    def boundary(self) -> None:
+    def boundary(self, is_forward: bool = True) -> None:
         """Count one forward, and do what is due before it. Every rank calls it as often.
+
+        Args:
+            is_forward: False for a pass of which the hooks may see nothing.
 
         Raises:
             PeerLostError: a rank died or was silent for ``timeout`` seconds.
-            EPLBError: ranks have made different numbers of forwards.
+            EPLBError: ranks have made different numbers of forwards, or are in different models.
         """
         if capturing(self.comm.device):
             return  # no step is made
         self.require_weights("run a forward")
+        self.position.begin(is_forward)
         self.guards.check_one()
         self.catch_up()
+        if self._life is Life.BALANCING and not self.config.overlap:
+            self._call_roster()
         if self.agrees:
             self._pass_boundary()
         self.position.progress = Progress.IDLE
         self._tell_hooks()
+
+    def _call_roster(self) -> None:
+        """Before a boundary that may wait for transfers: where several models are wrapped, make
+        sure that all ranks are in this one, or they would be waited for until the time limit."""
+        if self.position.progress is not Progress.BETWEEN_LAYERS:  # then it waits for nothing
+            self._roster.call(self.position.at(len(self.layers)))
 
     def idle_step(self) -> None:
         """Make a forward without tokens, for other ranks that have some.
@@ -502,7 +518,7 @@ class Engine(BoundToRanks):
             writes_failed=sum(
                 writer.failures for writer in (self._recorder, self._map_writer) if writer
             ),
-            stalled=cycle.stalled,
+            stalled=cycle.stalled or self.position.stalled,
             disabled=self._reason,
         )
 
@@ -550,6 +566,7 @@ class Engine(BoundToRanks):
         for dispatch in self._dispatches:
             dispatch.remove()
         self.guards.remove()
+        forget_compiled()
         self._roster.leave()
         release(self.layers)
         self.close()

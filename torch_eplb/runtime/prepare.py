@@ -248,14 +248,16 @@ def _check_shards(layers: list[ExpertLayer], num_slots: int, dispatch: DispatchK
     """Whether the layers' tensors are sharded already."""
     sharded = set()
     for layer in layers:
-        for name, tensor in zip(layer.tensor_names, layer.tensors(), strict=True):
+        for name, tensor, full in zip(
+            layer.tensor_names, layer.tensors(), layer.full_sizes, strict=True
+        ):
             size = tensor.shape[0] if tensor.dim() else 0
-            if size not in (layer.num_experts, num_slots):
+            if size not in (full, num_slots):
                 raise ValueError(
                     f"layer {layer.name}: {name} has {size} entries on dim 0; expected "
                     f"{layer.num_experts} (all experts) or {num_slots} (this rank's slots)"
                 )
-            sharded.add(size != layer.num_experts)
+            sharded.add(size != full)
     if len(sharded) > 1:
         raise ValueError("some of the model's expert tensors are sharded and others are not")
     if sharded == {True} and dispatch.communicates:

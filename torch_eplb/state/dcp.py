@@ -165,7 +165,7 @@ class ExpertShards(torch.Tensor):
 
     def __new__(cls, balancer: Any, tensor: ExpertTensor, owners: Any) -> ExpertShards:
         live = tensor.live.detach()
-        return cls._wrapper(live, tensor.full_shape, live.device)
+        return cls._wrapper(live, tensor.logical_shape, live.device)
 
     def __init__(self, balancer: Wrapped, tensor: ExpertTensor, owners: NDArray[np.int64]) -> None:
         engine, rank = balancer.engine, balancer.engine.comm.rank

@@ -36,14 +36,21 @@ class ExpertTensor(NamedTuple):
         layer: index of its MoE layer.
         live: the tensor itself, ``[local slots, ...]``.
         num_experts: logical experts E.
+        full_size: entries on dim 0 in the unwrapped model: E, or more, which are unused.
     """
 
     layer: int
     live: torch.Tensor
     num_experts: int
+    full_size: int
 
     @property
     def full_shape(self) -> torch.Size:
+        return torch.Size((self.full_size, *self.live.shape[1:]))
+
+    @property
+    def logical_shape(self) -> torch.Size:
+        """The same without what is unused."""
         return torch.Size((self.num_experts, *self.live.shape[1:]))
 
 
@@ -183,9 +190,9 @@ def expert_tensors(balancer: Wrapped, local: Mapping[str, Any]) -> dict[str, Exp
     if balancer.engine.life is Life.UNWRAPPED:
         return {}
     known = {
-        id(tensor): ExpertTensor(index, tensor, layer.num_experts)
+        id(tensor): ExpertTensor(index, tensor, layer.num_experts, size)
         for index, layer in enumerate(balancer.engine.layers)
-        for tensor in layer.tensors()
+        for tensor, size in zip(layer.tensors(), layer.full_sizes, strict=True)
     }
     return {key: known[id(value)] for key, value in local.items() if id(value) in known}
 
@@ -210,7 +217,7 @@ def _gather(
 ) -> torch.Tensor | None:
     live, engine = tensor.live.detach(), balancer.engine
     device = torch.device("cpu") if cpu_offload else live.device
-    result = empty_full(live, tensor.num_experts, device) if keep else None
+    result = empty_full(live, tensor.full_size, device) if keep else None
     experts = engine.placement.experts[tensor.layer]
     gather_tensor(live, experts, engine.live[tensor.layer], engine.comm, result, scratch)
     return result
