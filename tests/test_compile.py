@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -270,6 +271,19 @@ def test_a_compiled_model_forgets_the_hooks_when_it_is_unwrapped() -> None:
         torch.testing.assert_close(run(x), expected)
         assert balancer.stats().step == 1
         assert balancer.load()[0].sum() == TOKENS * TOP_K * LAYERS
+
+
+def test_autocast_keeps_no_casts_of_experts_that_moved() -> None:
+    x = torch.ones(1, 1, HIDDEN)
+    model = Model(BatchedExperts)
+    with fake_process_group(world_size=4, rank=1), torch.autocast("cpu", torch.bfloat16):
+        with torch_eplb.wrap(model, num_redundant_experts=4) as balancer:
+            up = model.layers[0].experts.up
+            before = torch.bmm(x.expand(len(up), -1, -1), up)  # kept until autocast ends
+            wanted = torch_eplb.Placement(np.roll(balancer.placement.experts, 1, axis=1), EXPERTS)
+            assert balancer.engine.move_to(wanted) > 0
+            after = torch.bmm(x.expand(len(up), -1, -1), up)
+            assert not torch.equal(after, before)  # other bytes, if not an expert's, in this group
 
 
 # ---- steps and layers that do not go together ---------------------------------------------------

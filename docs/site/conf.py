@@ -78,9 +78,21 @@ def mark_code(app: Any, what: str, name: str, obj: Any, options: Any, lines: lis
         if re.search(r"[^:]:$", lines[number]) and not lines[number + 1]:
             if re.match(r"    +\S", lines[number + 2]):
                 lines[number] += ":"
+    _written[what, name] = list(lines)
+
+
+_written: dict[tuple[str, str], list[str]] = {}
+
+
+def keep_colons(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Napoleon takes what stands before an attribute's first colon for its type; ours have none."""
+    written = _written.pop((what, name))
+    if what in ("attribute", "data", "property"):
+        lines[:] = written
 
 
 def setup(app: Any) -> None:
     app.connect("autodoc-process-docstring", mark_code, priority=100)
+    app.connect("autodoc-process-docstring", keep_colons, priority=900)
     app.connect("source-read", add_navigation)
     app.connect("build-finished", add_front_door)

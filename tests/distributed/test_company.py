@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.models import QUICK, ToyModel, skewed_batch
+from support.moving import in_flight, serve_until
 from support.ranks import preload, run_ranks
 from torch import nn
 
 import torch_eplb
+from torch_eplb.testing import fake_process_group
 
 preload("transformers.models.qwen3_moe.modeling_qwen3_moe")
 
@@ -91,6 +93,72 @@ def train(rank: int, world_size: int) -> None:
 
 def test_training_experts_that_move_or_have_replicas_is_refused_with_the_reason() -> None:
     run_ranks(train, 2)
+
+
+def cast(rank: int, world_size: int) -> None:
+    for dtype, tolerance in ((torch.float16, 2e-2), (torch.float64, 1e-9)):
+        fits = dtype == torch.float16
+        model = ToyModel()
+        reference = copy.deepcopy(model)
+        balancer = torch_eplb.wrap(model, **QUICK)
+        with torch.no_grad():
+            # What is on its way was sent as float32.
+            serve_until(lambda balancer=balancer: in_flight(balancer), balancer, rank)
+            balancer.to(dtype)
+            reference.to(dtype)
+            rebalances, x = balancer.stats().rebalances, skewed_batch(6, 16, rank, dtype=dtype)
+            if not fits:
+                says = r"staging_bytes=1\d+ has no room .* was cast \(torch\.float64\)"
+                with pytest.raises(ValueError, match=says):
+                    balancer(x)
+                assert "Cast before wrapping" in str(balancer.stats().disabled)
+            for step in range(400):
+                x = skewed_batch(6, 16, 100 * step + rank, dtype=dtype)
+                torch.testing.assert_close(
+                    balancer(x), reference(x), atol=tolerance, rtol=tolerance
+                )
+                if balancer.stats().rebalances >= rebalances + 2 or (step == 30 and not fits):
+                    break
+        stats = balancer.stats()
+        assert (stats.rebalances_abandoned, stats.disabled is None) == (int(fits), fits)
+        assert all(
+            torch.equal(value, reference.state_dict()[key])
+            for key, value in balancer.state_dict().items()
+        )
+        balancer.close()
+
+
+def test_casting_a_model_whose_experts_move_is_right_or_ends_balancing_with_the_reason() -> None:
+    run_ranks(cast, 2)
+
+
+def test_experts_that_were_moved_to_another_device_are_noticed_at_the_next_forward() -> None:
+    with fake_process_group(world_size=2):
+        model = ToyModel()
+        with torch_eplb.wrap(model) as balancer, torch.no_grad():
+            model.layers[0].experts.to("meta")
+            with pytest.raises(
+                ValueError, match=r"layers\.0\..* moved to meta after wrapping on cpu"
+            ):
+                balancer(torch.rand(2, 16))
+
+
+def test_adapters_that_are_added_after_wrapping_are_noticed_at_the_next_forward() -> None:
+    peft = pytest.importorskip("peft")
+    with fake_process_group(world_size=2):
+        with torch_eplb.wrap(ToyModel()) as balancer, torch.no_grad():
+            balancer(torch.rand(2, 16))
+            peft.get_peft_model(
+                balancer.module, peft.LoraConfig(r=2, target_parameters=["experts.down_proj"])
+            )
+            with pytest.raises(ValueError, match="ParamWrapper 'default' was added to the experts"):
+                balancer(torch.rand(2, 16))
+        with torch_eplb.wrap(ToyModel(num_layers=1)) as balancer, torch.no_grad():
+            balancer.module.layers[0].experts.down = nn.Linear(4, 2)
+            with pytest.raises(
+                ValueError, match=r"the parameters down\.bias, down\.weight was added"
+            ):
+                balancer(torch.rand(2, 16))
 
 
 def qwen() -> Any:

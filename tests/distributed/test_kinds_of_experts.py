@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import types
 from typing import Any
 
 import pytest
 import torch
 from support.models import QUICK, Experts, skewed_batch
-from support.ranks import run_ranks
+from support.ranks import preload, run_ranks
 from torch import nn
 
 import torch_eplb
 from torch_eplb.testing import fake_process_group
 
 HIDDEN = 16
+FAMILIES = {"GptOss": "gpt_oss", "NemotronH": "nemotron_h", "LongcatFlash": "longcat_flash"}
+
+
+def code_of(name: str) -> str:
+    return f"transformers.models.{FAMILIES[name]}.modeling_{FAMILIES[name]}"
+
+
+preload(*map(code_of, FAMILIES))
 
 
 def transformers_experts(name: str, implementation: str = "eager", **sizes: Any) -> nn.Module:
     """One experts module of transformers, its weights drawn."""
-    import importlib
-
-    family = {"GptOss": "gpt_oss", "NemotronH": "nemotron_h", "LongcatFlash": "longcat_flash"}[name]
-    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    module = importlib.import_module(code_of(name))
     config = types.SimpleNamespace(
         hidden_size=HIDDEN,
         intermediate_size=8,

@@ -11,6 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+from support.models import ToyModel, skewed_batch
+from support.ranks import run_ranks
+
+import torch_eplb
+
 TESTS = Path(__file__).parents[1]
 PROGRAM = """
 import copy, json, os
@@ -122,3 +129,27 @@ def test_nodes_are_known_from_torchrun_and_near_replicas_and_whole_groups_are_ch
     # Where nodes are not known, a rank without the expert sends to both replicas: a quarter of all.
     assert sent_away["None"] == 0
     assert sent_away["1"] > rows / 5
+
+
+def serve_on_three_nodes(rank: int, world_size: int) -> list[int]:
+    """Rows that left their node where nodes are known, and where all ranks are taken to be near."""
+    sent_away = []
+    for num_nodes in (3, 1):
+        # Every node has every expert once.
+        balancer = torch_eplb.wrap(
+            ToyModel(), num_redundant_experts=16, policy="static", num_nodes=num_nodes, timeout=30
+        )
+        with torch.no_grad():
+            for step in range(10):
+                balancer(skewed_batch(6 + 3 * rank, 16, 100 * step + rank))
+        others = [r for r in range(world_size) if r // 2 != rank // 2]
+        away = torch.tensor(balancer.load()[1][:, others].sum())
+        dist.all_reduce(away)
+        sent_away.append(int(away))
+        balancer.close()
+    return sent_away
+
+
+def test_where_batches_are_balanced_rows_leave_their_node_only_for_want_of_a_near_replica() -> None:
+    known, ignored = run_ranks(serve_on_three_nodes, 6)[0]
+    assert 0 < known < ignored

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import tarfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from support.pages import find_blocks, pages, text_of
-from support.programs import ROOT, run
+from support.programs import ROOT
 
 FOREIGN = "<!-- paths of other projects -->"
 """In a page that mentions files which are not here; paths that begin like ours are checked all the
@@ -84,23 +81,6 @@ def test_the_index_orders_all_pages() -> None:
     names = [os.path.normpath(f"docs/{name}") for _, name in listed]
     assert sorted(names) == sorted({*pages()} - {"README.md", "docs/index.md"})
     assert "docs/index.md" in set(links(text_of("README.md")))
-
-
-def test_the_source_distribution_has_the_pages(tmp_path: Path) -> None:
-    pytest.importorskip("setuptools")
-    for path in ROOT.iterdir():
-        if path.is_file() and path.name != ".git":
-            shutil.copy(path, tmp_path)
-    for folder in ("torch_eplb", "docs"):
-        ignore = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
-    build = "import setuptools.build_meta as build; print(build.build_sdist('dist'))"
-    archive = run("-c", build, cwd=tmp_path).splitlines()[-1]
-    with tarfile.open(tmp_path / "dist" / archive) as opened:
-        names = {name.partition("/")[2] for name in opened.getnames()}
-    wanted = {path for path in pages() if not path.startswith("examples/")}
-    assert wanted <= names
-    assert not [name for name in names if name.endswith(".pyc")]
 
 
 # ---- the tests of these tests -------------------------------------------------------------------

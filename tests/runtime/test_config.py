@@ -28,6 +28,8 @@ def policy(load: Any, placement: Any, topology: Any) -> Any:
         ("policy", "eplb", "'deepseek'"),
         ("policy", 3, "a callable or one of"),
         ("collect_interval", 0, "at least 1"),
+        ("window", 0, "at least 1"),
+        ("plan_seconds", -1.0, "at least 0"),
         ("plan_interval", -1, "at least 0"),
         ("layers_per_step", 0, "at least 1"),
         ("staging_bytes", "64 parsecs", "KiB, MiB, GiB"),

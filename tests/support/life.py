@@ -82,7 +82,7 @@ class Life:
     def live(self) -> None:
         """From the first step to the end of the wrappers."""
         chance = self.company.chance
-        with torch.no_grad(), torch.inference_mode(self.inference):
+        with torch.inference_mode(self.inference), torch.no_grad():  # not the other way round
             for step in range(chance.randint(20, 80)):
                 self.step = step
                 for event, probability in EVENTS:

@@ -67,7 +67,7 @@ class ToyModel(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.layers = nn.ModuleList(
                 MoELayer(num_experts, hidden, width, top_k) for _ in range(num_layers)

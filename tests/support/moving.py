@@ -20,7 +20,7 @@ class Ordinary(nn.Module):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.inner = ToyModel(seed=seed)
             self.head = nn.Linear(16, 16)

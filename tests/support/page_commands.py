@@ -161,9 +161,11 @@ def _check_tox(arguments: list[str]) -> None:
     assert options[:1] in ([], ["-e"]), f"tox {options}"
     for name in names:
         assert f"testenv:{name}" in tox, f"tox.ini has no environment {name}"
-        program = tox[f"testenv:{name}"]["commands"].split()
+        commands = tox[f"testenv:{name}"]["commands"]
+        program = commands.split()
         if rest:
-            assert program[-1] == "{posargs}", f"the environment {name} takes no arguments"
+            takes = re.search(r"\{posargs(:[^}]*)?\}$", commands)
+            assert takes, f"the environment {name} takes no arguments"
         if rest and program[:3] == ["python", "-m", "pytest"]:
             output = run_ranks(collect_only, 1, rest, backend="")[0]
             assert re.search(r"[1-9]\d*(/\d+)? tests? collected", output), output

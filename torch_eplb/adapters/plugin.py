@@ -14,7 +14,13 @@ from typing import Any
 __all__ = ["options_from", "sglang", "vllm"]
 
 VARIABLE = "TORCH_EPLB_POLICY"
-_OPTIONS = {"replica_choice": str, "min_gain": float, "target_par": float, "max_moves": int}
+_OPTIONS = {
+    "replica_choice": str,
+    "min_gain": float,
+    "target_par": float,
+    "max_moves": int,
+    "plan_seconds": float,
+}
 
 logger = logging.getLogger("torch_eplb")
 

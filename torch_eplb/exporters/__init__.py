@@ -1,4 +1,4 @@
-"""A running balancer's numbers, where people look at numbers.
+"""A running balancer's numbers, where people look at numbers:
 
     exporter = exporters.PrometheusExporter()          # opens no port; exporter.serve(9400) does
     exporters.attach(balancer, exporter, every="10s")  # from a thread of its own

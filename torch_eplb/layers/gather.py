@@ -15,6 +15,12 @@ from numpy.typing import NDArray
 from torch_eplb.comm.communicator import Communicator
 from torch_eplb.layers.experts import ExpertLayer, byte_view
 
+_WHAT = (
+    "gathering the experts (every rank has to call it: where a program saves from rank 0 only, as "
+    "transformers' Trainer.save_model does, call balancer.save_pretrained(folder), "
+    "torch_eplb.full_state_dict(balancer, rank0_only=True) or unwrap() on every rank instead)"
+)
+
 __all__ = ["empty_full", "gather_layer", "gather_tensor"]
 
 
@@ -108,5 +114,5 @@ def empty_full(tensor: torch.Tensor, size: int, device: torch.device) -> torch.T
 
 def _finish(pending: list[dist.Work | None], comm: Communicator) -> None:
     for work in pending:
-        comm.wait_in_line(work, "gathering the experts")
+        comm.wait_in_line(work, _WHAT)
     pending.clear()

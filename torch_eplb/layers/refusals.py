@@ -186,12 +186,13 @@ def adapter_around(model: nn.Module, path: str) -> str | None:
 
 
 def _above(model: nn.Module, path: str) -> Iterator[nn.Module]:
-    """The modules on the way to ``path``, without it."""
-    module = model
+    """The modules on the way to ``path``, without it, as far as it leads."""
+    module: Any = model
     for part in path.split(".") if path else ():
+        if not isinstance(module, nn.Module):
+            return
         yield module
-        if part:
-            module = getattr(module, part)
+        module = getattr(module, part, None) if part else module
 
 
 def in_norm(module: nn.Module, name: str) -> bool:

@@ -29,10 +29,14 @@ from torch_eplb.values.rounds import (
     Round,
 )
 
-__all__ = ["Exchange", "checksum"]
+__all__ = ["Exchange", "StagingTooSmall", "checksum"]
 
 # Checksums are made piece by piece, and a piece is looked at as a matrix of so many bytes per row.
 _PIECE, _ROW = 1 << 22, 1 << 13
+
+
+class StagingTooSmall(ValueError):
+    """Experts have become larger than what is set aside to receive them."""
 
 
 class Exchange:
@@ -62,6 +66,7 @@ class Exchange:
         self._transfer: Transfer | None = None
         self._staged: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._written_later: list[ExpertLayer] = []
+        self._posted_with: list[tuple[ExpertLayer, list[torch.Tensor]]] = []
         self._received_sums: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
         self._sent_sums: list[torch.Tensor] = []
         self._check: tuple[torch.Tensor, torch.Event] | None = None
@@ -82,6 +87,54 @@ class Exchange:
     def active(self) -> bool:
         """Whether a round was posted and neither committed nor dropped."""
         return self._transfer is not None
+
+    @property
+    def replaced(self) -> bool:
+        """Whether experts of the posted round have been given other memory since: by a cast, say.
+
+        What is received would be written where nobody looks. The same on all ranks, where all have
+        done the same to the model.
+        """
+        return any(
+            now.data_ptr() != then.data_ptr()
+            for layer, before in self._posted_with
+            for now, then in zip(layer.tensors(), before, strict=True)
+        )
+
+    def require_room(self, layer: ExpertLayer) -> None:
+        """Refuse a layer of which not even one expert can be received.
+
+        Raises:
+            StagingTooSmall: it has been cast to a wider dtype since it was wrapped.
+        """
+        self._require_bytes(layer.expert_bytes, layer)
+
+    def require_room_for(self, transfers: Round) -> None:
+        """Refuse a round that some rank has no room for. The same on all ranks, as `replaced`.
+
+        Raises:
+            StagingTooSmall: layers have been cast to a wider dtype since they were wrapped.
+        """
+        staged = transfers.transfers[~transfers.direct]
+        sizes = {
+            index: self._layers[index].expert_bytes for index in set(staged[:, LAYER].tolist())
+        }
+        needed: dict[int, int] = {}
+        for row in staged.tolist():
+            needed[row[TARGET_RANK]] = needed.get(row[TARGET_RANK], 0) + sizes[row[LAYER]]
+        if needed:
+            largest = max(sizes, key=lambda index: sizes[index])
+            self._require_bytes(max(needed.values()), self._layers[largest])
+
+    def _require_bytes(self, needed: int, layer: ExpertLayer) -> None:
+        if needed > self.staging_bytes:
+            dtypes = ", ".join(sorted({str(tensor.dtype) for tensor in layer.tensors()}))
+            raise StagingTooSmall(
+                f"staging_bytes={self.staging_bytes} has no room for the {needed} bytes that are "
+                f"to be received: an expert of layer {layer.name} has {layer.expert_bytes} since "
+                f"the model was cast ({dtypes}). Cast before wrapping, or pass a larger "
+                "staging_bytes; experts stay where they are now"
+            )
 
     def operations(self, transfers: Round) -> list[dist.P2POp]:
         """This rank's sends and receives, in the order in which they are posted.
@@ -158,6 +211,14 @@ class Exchange:
             RuntimeError: the backend refused, for instance because a peer's connection is gone.
                 With gloo it is `finished` or `wait` that raises.
         """
+        # All of the round's layers, so that all ranks see the same; held, so that no new tensor can
+        # have the address of an old one.
+        self._posted_with = [
+            (layer, [tensor.detach() for tensor in layer.tensors()])
+            for layer in (
+                self._layers[i] for i in sorted(set(transfers.transfers[:, LAYER].tolist()))
+            )
+        ]
         with _on_stream(self._stream, self._comm.device), torch.inference_mode():
             operations = self.operations(transfers)
             if self.on_post is not None:
@@ -237,13 +298,14 @@ class Exchange:
                 _copy_bytes(slot, landing)
         for layer in self._written_later:
             _tell_autograd(layer)
+        torch.clear_autocast_cache()  # it keeps casts of whole parameters, of the old ones
         self.drop()
 
     def drop(self) -> None:
         """Forget the round; staged data is not used. Drained slots hold what had arrived."""
         self._transfer, self._check = None, None
         self._staged, self._received_sums, self._sent_sums = [], [], []
-        self._written_later = []
+        self._written_later, self._posted_with = [], []
 
 
 def checksum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

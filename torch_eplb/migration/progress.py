@@ -98,6 +98,11 @@ class Migration:
         """Whether a round that fetches destroyed experts again is still to be committed."""
         return self.repairing and not self.done
 
+    @property
+    def replaced(self) -> bool:
+        """Whether experts of the round in flight have been given other memory since."""
+        return self._exchange.replaced
+
     def begin(self, plan: Plan, rounds: Sequence[Round]) -> None:
         """Take a plan on. Routes before weights: its split holds from now on where it can."""
         self._plan = plan
@@ -110,8 +115,10 @@ class Migration:
 
         Raises:
             PeerLostError: a connection is gone.
+            StagingTooSmall: experts have grown; nothing was changed.
         """
         transfers = self.rounds[self.round]
+        self._exchange.require_room_for(transfers)
         self._update_tables(self._drain(transfers))
         try:
             self._exchange.post(self.round, transfers)

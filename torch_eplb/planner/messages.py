@@ -49,7 +49,7 @@ class PlannerSettings:
 
     policy_options: dict[str, Any]
     """Keyword arguments of `policies.make_policy`: min_gain, target_par, max_moves,
-    replica_choice."""
+    plan_seconds, replica_choice."""
 
     topology: Topology
     """How ranks sit on nodes and experts in groups."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 __all__ = ["MAX_SAMPLES", "LoadCounters", "SampleWindow"]
 
 MAX_SAMPLES = 32
-"""Most sub-windows of one collection window."""
+"""Most samples that policies see, and most sub-windows of one collection."""
 
 
 class LoadCounters:
@@ -67,48 +67,69 @@ class LoadCounters:
 
 
 class SampleWindow:
-    """One collection window: up to `MAX_SAMPLES` sub-window sums of the counters.
+    """What is sampled while load is collected: the whole coarsely, the last steps finely.
 
-    Copies to the host are started at sub-window ends and looked at later, so that no step waits.
+    Plans are made from the last steps: load drifts, and what it was long ago says little about
+    what comes. Copies to the host are started at sub-window ends and looked at later, so that no
+    step waits.
+
+        steps        0 ................................ interval - window .... interval
+        sub-windows  |        |        |        |        |        |        |        |   of length
+        samples      |           earlier               | | | | | | | | | | | | | | | |   of fine
 
     Args:
         counters: what is sampled.
-        interval: steps of a window.
+        interval: steps of a collection.
+        window: steps before its end that plans are made from.
 
     Attributes:
         length: steps of a sub-window.
+        samples_per_length: samples that take as long, about.
     """
 
-    def __init__(self, counters: LoadCounters, interval: int) -> None:
+    def __init__(self, counters: LoadCounters, interval: int, window: int) -> None:
         self._counters = counters
         self.length = -(-interval // MAX_SAMPLES)
+        self._first = max(interval - window, 0)  # the first step of the window
+        self._fine = -(-min(interval, window) // MAX_SAMPLES)
+        self.samples_per_length = -(-self.length // self._fine)
         self._on_device = counters.values.device.type != "cpu"
         self._copies: list[torch.Tensor] = []
+        self._samples: list[torch.Tensor] = []
         self._event: torch.Event | None = None
 
     def start(self) -> None:
         """Forget what was sampled; the next sub-window starts now."""
-        self._copies = []
-        self._copy()
+        self._copies, self._samples = [], []
+        self.step(0)
 
     def step(self, steps_since_start: int) -> None:
-        """Called at every step boundary; takes a sample when a sub-window ends."""
-        if steps_since_start > 0 and steps_since_start % self.length == 0:
-            self._copy()
+        """Called at every step boundary; takes a copy when a sub-window or a sample ends."""
+        since = steps_since_start - self._first
+        self._take(steps_since_start % self.length == 0, since >= 0 and since % self._fine == 0)
 
     def finish(self, steps_since_start: int) -> None:
-        """The window ends here, in the middle of a sub-window perhaps."""
-        if steps_since_start % self.length:
-            self._copy()
+        """The collection ends here, in the middle of a sub-window perhaps."""
+        since = steps_since_start - self._first
+        self._take(steps_since_start % self.length > 0, since % self._fine > 0)
 
-    def _copy(self) -> None:
+    def _take(self, sub_window: bool, sample: bool) -> None:
+        if not sub_window and not sample:
+            return
+        copy = self._copy()
+        if sub_window:
+            self._copies.append(copy)
+        if sample:
+            self._samples.append(copy)
+
+    def _copy(self) -> torch.Tensor:
         values = self._counters.values
         copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=self._on_device)
         copy.copy_(values, non_blocking=True)
-        self._copies.append(copy)
         if self._on_device:
             self._event = torch.Event(values.device)
             self._event.record()
+        return copy
 
     def ready(self) -> bool:
         """Whether all copies have arrived on the host."""
@@ -123,8 +144,9 @@ class SampleWindow:
         return difference[:, self._counters.num_experts :]
 
     def samples(self) -> torch.Tensor:
-        """int64 ``[samples, layers, experts + ranks]`` on the host: sums over the sub-windows."""
-        stacked = torch.stack(self._copies)
+        """int64 ``[1 + samples, layers, experts + ranks]`` on the host: first the sum of what came
+        before the window."""
+        stacked = torch.stack([self._copies[0], *self._samples])
         return stacked[1:] - stacked[:-1]
 
 

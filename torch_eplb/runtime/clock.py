@@ -5,8 +5,8 @@ opaque operation instead, which finds the wrapped model by a number and runs its
 call. It is declared to write the routing tables and the counters, which orders it before every
 layer that reads them: a commit of this boundary cannot slip behind the layer it concerns.
 
-Experts are not declared: a graph that works on copies would write old weights over a slot that
-is being received into.
+Experts are not declared: a backend that works on copies would write old weights over a slot that is
+being received into. Graphs read them where they are, after the operation, as the model does.
 """
 
 from __future__ import annotations

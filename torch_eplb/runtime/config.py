@@ -68,8 +68,16 @@ class Config:
     max_moves: int | None = None
     """Most experts moved per layer and rebalance (policy "flow"). None: no bound."""
 
+    plan_seconds: float | None = None
+    """Seconds after which the planner's search ends, with the best that it has found (policy
+    "flow"). None: no bound but the search's own."""
+
     collect_interval: int = 600
     """Steps over which load is collected before a plan is made."""
+
+    window: int = 50
+    """Steps at the end of the collection that a plan is made from: load drifts, and what it was
+    long ago misleads. If none of them was recorded, all that was collected counts."""
 
     plan_interval: int = 50
     """Steps after collection before which a plan is not applied."""
@@ -132,6 +140,7 @@ class Config:
         for name, least in (
             ("num_redundant_experts", 0),
             ("collect_interval", 1),
+            ("window", 1),
             ("plan_interval", 0),
             ("layers_per_step", 1),
             ("num_expert_groups", 1),
@@ -158,7 +167,12 @@ class Config:
         self._check_choice("phase", PHASES)
         self._check_replica_choice()
         self._check_policy()
-        Knobs.of(min_gain=self.min_gain, target_par=self.target_par, max_moves=self.max_moves)
+        Knobs.of(
+            min_gain=self.min_gain,
+            target_par=self.target_par,
+            max_moves=self.max_moves,
+            plan_seconds=self.plan_seconds,
+        )
         self._check_timeout()
         for name in ("expert_map", "record_path", "record_map_path"):
             value = getattr(self, name)

@@ -116,7 +116,7 @@ class RebalanceCycle:
         self._planner = planner
         self._bounds = bounds
         self._write_map = write_map
-        self._window = SampleWindow(counters, config.collect_interval)
+        self._window = SampleWindow(counters, config.collect_interval, config.window)
         self._num_experts = counters.num_experts
         num_layers = counters.values.shape[0]
         self.present = PresentPar(comm, self._window, num_layers)
@@ -358,8 +358,10 @@ class RebalanceCycle:
         if not recorded.any():
             self._plan_words = _NOTHING_RECORDED
             return
+        if recorded[1:].any():
+            recorded[0] = False  # before the window
         self.par_measured = par(rank_load[recorded]).mean(axis=0)
-        self.present.take(rank_load[recorded][-1])
+        self.present.take(rank_load[recorded][-self._window.samples_per_length :].sum(axis=0))
         self.window_load = (load.sum(axis=0), rank_load.sum(axis=0))
         if self._planner is not None:
             self._planner.submit(self._cycle, load[recorded], self._migration.placement)
@@ -421,8 +423,8 @@ class RebalanceCycle:
         """Every rank has finished the round: commit it, or, where one doubts it, drop it."""
         migration = self._migration
         self._enter(Stage.MIGRATE)
-        if fault:
-            self._abandon()
+        if fault or migration.replaced:
+            self._abandon("failed its checksums" if fault else "met experts that were cast")
             if not migration.must_repair:
                 self._begin()
             return
@@ -430,17 +432,16 @@ class RebalanceCycle:
         if migration.done or self._draining:
             self._end()
 
-    def _abandon(self) -> None:
-        """Some rank received what its peer did not send."""
+    def _abandon(self, why: str) -> None:
+        """Some rank received what its peer did not send, or all of them where nobody looks now."""
         migration = self._migration
-        if migration.repairing:
+        if migration.repairing and not migration.replaced:
             migration.give_up()
             self._give_up("received experts failed their checksums twice in a row")
             return
         self.abandoned += 1
         logger.warning(
-            "round %d failed its checksums; the rebalance is abandoned, serving goes on",
-            migration.round,
+            "round %d %s; the rebalance is abandoned, serving goes on", migration.round, why
         )
         migration.abandon()
         self._fault, self._progress = _OK, _ROUNDS + migration.round

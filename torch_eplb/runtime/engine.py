@@ -35,7 +35,7 @@ from torch_eplb.layers.graphs import forget_compiled
 from torch_eplb.layers.hooks import capturing
 from torch_eplb.layers.position import Position, Progress
 from torch_eplb.layers.roster import Roster
-from torch_eplb.migration.exchange import Exchange
+from torch_eplb.migration.exchange import Exchange, StagingTooSmall
 from torch_eplb.migration.progress import Migration
 from torch_eplb.planner.process import Planner
 from torch_eplb.policies.split import even_split
@@ -240,11 +240,18 @@ class Engine(BoundToRanks):
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
-        """An `EPLBError` inside ends balancing."""
+        """An `EPLBError` inside ends balancing; experts that have grown stay where they are."""
         try:
             yield
         except EPLBError as error:
             self._fail(error)
+            raise
+        except StagingTooSmall as error:
+            with self._failing():
+                if self.in_flight:  # posted before they grew; every rank has started it
+                    self._migration.wait()
+            self._migration.give_up()
+            self._turn_off(str(error))
             raise
 
     def require_weights(self, action: str) -> None:
@@ -306,12 +313,17 @@ class Engine(BoundToRanks):
         Raises:
             PeerLostError: a rank died or was silent for ``timeout`` seconds.
             EPLBError: ranks have made different numbers of forwards, or are in different models.
+            ValueError: the experts are not those that were wrapped any more, or have grown: then
+                nothing moves from now on, and the next forward is made.
         """
         if capturing(self.comm.device):
             return  # no step is made
         self.require_weights("run a forward")
         self.position.begin(is_forward)
-        self.guards.check_one()
+        layer = self.guards.check_one()
+        if self.life is Life.BALANCING:
+            with self._failing():
+                self.exchange.require_room(layer)
         self.catch_up()
         if self._life is Life.BALANCING and not self.config.overlap:
             self._call_roster()

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from torch_eplb.layers.experts import ExpertLayer
+from torch_eplb.layers.refusals import adapter_around
 from torch_eplb.runtime.config import Config
 from torch_eplb.values.errors import EPLBError
 
@@ -65,9 +66,14 @@ class Guards:
             [tensor if isinstance(tensor, nn.Parameter) else None for tensor in layer.tensors()]
             for layer in self._layers
         ]
+        self._names = [_parameter_names(layer) for layer in self._layers]
+        self._devices = [layer.tensors()[0].device for layer in self._layers]
 
-    def check_one(self) -> None:
+    def check_one(self) -> ExpertLayer:
         """Look at one layer's parameters, another one each time: all of them while steps go by.
+
+        Returns:
+            The layer.
 
         Raises:
             ValueError: they are not those that were wrapped any more.
@@ -76,6 +82,12 @@ class Guards:
         self._next = (index + 1) % len(self._layers)
         known = zip(layer.tensor_names, layer.tensors(), self._parameters[index], strict=True)
         for name, tensor, expected in known:
+            if tensor.device != self._devices[index]:
+                raise ValueError(
+                    f"{layer.name}.{name} was moved to {tensor.device} after wrapping on "
+                    f"{self._devices[index]}, where its routing tables and what receives experts "
+                    "are; move it back, or unwrap() before moving and wrap again"
+                )
             # FSDP puts a parameter of its own in place, a plain one while it is gathered.
             if expected is not None and tensor is not expected:
                 raise ValueError(
@@ -85,6 +97,16 @@ class Guards:
                     "FSDP2: fully_shard(..., ignored_params=set(balancer.expert_parameters())); "
                     "else unwrap() first"
                 )
+        adapter = adapter_around(self._model, layer.name)
+        added = _parameter_names(layer) - self._names[index]
+        if adapter is not None or added:
+            what = adapter or f"the parameters {', '.join(sorted(added))}"
+            raise ValueError(
+                f"layer {layer.name}: {what} was added to the experts after wrapping, and would "
+                "not move with them. Take it off again, or unwrap(), merge it (peft: "
+                "model.merge_and_unload()) and wrap again; adapters on other modules may stay"
+            )
+        return layer
 
     def remove(self) -> None:
         """The model is unwrapped."""
@@ -96,6 +118,10 @@ class Guards:
             self._model.__dict__.pop("save_pretrained", None)
         for handle in self._handles:
             handle.remove()
+
+
+def _parameter_names(layer: ExpertLayer) -> set[str]:
+    return {name for name, _ in layer.module.named_parameters()}
 
 
 def _why_not_to_train(config: Config) -> str | None:
@@ -117,7 +143,8 @@ def _refuse_to_save(*args: Any, **kwargs: Any) -> NoReturn:
         "save_pretrained of a wrapped model would write this rank's slots as if they were the "
         "model. Call balancer.save_pretrained(folder) on every rank, which writes all experts in "
         "logical order; or pass state_dict=balancer.state_dict(), gathered on every rank, to the "
-        "model's class: type(model).save_pretrained(model, folder, state_dict=...)"
+        "model's class: type(model).save_pretrained(model, folder, state_dict=...). transformers' "
+        "Trainer calls it on rank 0 only: override its save_model"
     )
 
 

@@ -29,7 +29,9 @@ class Options(TypedDict, total=False):
     min_gain: float | None
     target_par: float | None
     max_moves: int | None
+    plan_seconds: float | None
     collect_interval: int
+    window: int
     plan_interval: int
     layers_per_step: int
     staging_bytes: int | str | None

@@ -214,6 +214,7 @@ def planner_settings(setup: Setup) -> PlannerSettings:
         "min_gain": config.min_gain,
         "target_par": config.target_par,
         "max_moves": config.max_moves,
+        "plan_seconds": config.plan_seconds,
     }
     return PlannerSettings(
         policy=config.policy,

@@ -39,7 +39,8 @@ class Stats:
         rebalances_abandoned: rebalances given up because a checksum did not match.
         writes_failed: loads and maps that could not be written to ``record_path`` and
             ``record_map_path`` (rank 0's).
-        stalled: why nothing has progressed for long, or None.
+        stalled: why nothing has progressed for long, or forwards and MoE layers do not go together;
+            or None.
         disabled: why balancing is off for good, or None.
     """
 

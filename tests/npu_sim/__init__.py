@@ -1,0 +1,1 @@
+"""A simulated CANN: see README.md in this folder."""
