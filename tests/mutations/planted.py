@@ -148,7 +148,7 @@ FAULTS = (
     ),
     _fault(
         "zero-compute-experts-add-nothing",
-        "layers/dispatch.py",
+        "layers/computing.py",
         "summed_TH = summed_TH + identity",
         "pass",
         "distributed/test_kinds_of_experts.py",
@@ -303,8 +303,8 @@ FAULTS = (
     _fault(
         "counts-when-not-recording",
         "routing/load.py",
-        "        experts.addcmul_(hits_E, self.recording)",
-        "        experts.add_(hits_E)",
+        "            counters.addcmul_(counts, self.recording)",
+        "            counters.add_(counts)",
         "distributed/test_wrap.py",
     ),
     _fault(
