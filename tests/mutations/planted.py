@@ -303,8 +303,8 @@ FAULTS = (
     _fault(
         "counts-when-not-recording",
         "routing/load.py",
-        "        experts.addcmul_(hits_E, self.recording)",
-        "        experts.add_(hits_E)",
+        "            counters.addcmul_(counts, self.recording)",
+        "            counters.add_(counts)",
         "distributed/test_wrap.py",
     ),
     _fault(
