@@ -19,6 +19,7 @@ def test_the_main_job_balances_a_trained_model_and_its_tokens_are_equal(tmp_path
 @pytest.mark.parametrize(
     "arguments",
     [
+        ("examples/check_device.py", "--seconds", "0.05"),
         ("examples/benchmarks/throughput.py", "--short"),
         ("examples/benchmarks/hot_path.py", "--short"),
         ("examples/benchmarks/migration.py", "--short"),

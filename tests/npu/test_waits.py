@@ -19,12 +19,15 @@ from torch_eplb.routing.tables import RoutingTables
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Topology
 
-# Which of the layer's hooks read something back, once per layer: sizes of what is to be sent, or
-# which choices are local.
+# What reads something back, once per layer: the counts of all ranks, sizes of what is to be sent,
+# or how many choices are local.
 READS = {
-    ("all_to_all", "batch", "FewKernelExperts"): ["layers/dispatch.py:_route"],
-    ("all_to_all", "table", "FewKernelExperts"): ["layers/dispatch.py:before"],
-    ("all_reduce", "table", "FewKernelExperts"): ["layers/dispatch.py:before"],
+    ("all_to_all", "batch", "FewKernelExperts"): [
+        "layers/all_to_all.py:_choose_together",
+        "layers/all_to_all.py:_plan",
+    ],
+    ("all_to_all", "table", "FewKernelExperts"): ["layers/all_to_all.py:_plan"],
+    ("all_reduce", "table", "FewKernelExperts"): ["routing/rows.py:arrivals"],
     ("all_reduce", "table", "SentinelExperts"): [],
     ("external", "table", "ExternalExperts"): [],
     ("external", "even", "ExternalExperts"): [],
