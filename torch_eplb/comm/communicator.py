@@ -223,6 +223,10 @@ class Communicator:
         self.wait_in_line(work)
         return received
 
+    def heard(self, numbers: list[int]) -> list[int]:
+        """The numbers that all ranks told each other in an `all_to_all`, in rank order."""
+        return numbers
+
     # ---- waiting ------------------------------------------------------------------------------
 
     def wait_for(self, work: dist.Work | None, what: str) -> None:
@@ -349,6 +353,9 @@ class FakeCommunicator(Communicator):
         first, start = sum(receive[:here]), sum(send[:here])
         received[first : first + own] = rows[start : start + own]
         return received
+
+    def heard(self, numbers: list[int]) -> list[int]:
+        return [numbers[self.rank]] * self.num_ranks
 
     def gather_bytes(self, data: bytes, what: str) -> list[bytes]:
         self.check_process()

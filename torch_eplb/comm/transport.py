@@ -263,16 +263,18 @@ def _pinned_like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
 
 
+_TRANSFERS: dict[str, type[Transfer]] = {
+    "gloo": GlooTransfer,
+    "hccl": HcclTransfer,
+    "fake": FakeTransfer,
+}
+
+
 def post(backend: str, operations: Sequence[dist.P2POp], timeout: float, what: str) -> Transfer:
     """A batch of operations on a group of ``backend``."""
-    kind: type[Transfer] = DeviceTransfer
-    if backend == "fake":
-        kind = FakeTransfer
-    elif backend == "hccl":
-        kind = HcclTransfer
-    elif backend == "gloo":
-        on_host = all(operation.tensor.device.type == "cpu" for operation in operations)
-        kind = GlooTransfer if on_host else StagedTransfer
+    kind = _TRANSFERS.get(backend, DeviceTransfer)
+    if backend == "gloo" and any(each.tensor.device.type != "cpu" for each in operations):
+        kind = StagedTransfer
     return kind(operations, timeout, what)
 
 

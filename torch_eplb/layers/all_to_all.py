@@ -114,7 +114,7 @@ class AllToAll(ComputesChoices[_Trip]):
             send, receive, choices, positions = torch.cat(
                 (rows_R.unsqueeze(0), theirs.t())
             ).tolist()
-            context.position.compare(positions)
+            context.position.compare(comm.heard(positions))
             num_choices = sum(choices)
         rows = departures(physical_TK, met_RT, sum(send), num_slots)
         return Journey(rows, send, receive, num_choices, num_slots, comm)
