@@ -198,21 +198,6 @@ FAULTS = (
         "        else:",
         "distributed/test_counting.py",
     ),
-    _fault(
-        "graphs-copies-not-told",
-        "runtime/clock.py",
-        "        if passed.data_ptr() != own.data_ptr():",
-        "        if False:",
-        "test_compile.py",
-    ),
-    _fault(
-        "old-compiled-code-kept",
-        "runtime/engine.py",
-        "            clocked.register_forward_hook(self._after_forward),\n        ]\n"
-        "        forget_compiled()\n",
-        "            clocked.register_forward_hook(self._after_forward),\n        ]\n",
-        "test_compile.py",
-    ),
     # ---- layers -------------------------------------------------------------------------------
     _fault(
         "positions-not-compared",
@@ -366,22 +351,6 @@ FAULTS = (
         "migration/exchange.py",
         "                _copy_bytes(slot, landing)",
         "                pass",
-        "distributed/test_migration.py",
-    ),
-    _fault(
-        "side-stream-not-awaited",
-        "migration/exchange.py",
-        "device_module.current_stream(self._comm.device).wait_stream(self._stream)",
-        "pass",
-        "distributed/test_hccl.py",
-        "distributed/test_migration.py",
-    ),
-    _fault(
-        "transfers-before-the-forward-has-read",
-        "migration/exchange.py",
-        "    stream.wait_stream(module.current_stream(device))",
-        "    pass",
-        "distributed/test_hccl.py",
         "distributed/test_migration.py",
     ),
     _fault(
