@@ -107,7 +107,9 @@ class Wrapped:
             self.call = nn.parallel.DistributedDataParallel(inside, process_group=company.group)
         self.recomputes = ""
         if company.gradients != "none":
-            whole = [] if self.ddp else ["whole", "whole, reentrant"]
+            # Not "whole" without "reentrant": a model that is dropped after such a checkpoint is
+            # known to stay in memory, with its planner.
+            whole = [] if self.ddp else ["whole, reentrant"]
             self.recomputes = chance.choice(["", "layers", *whole])
         model.recomputes = self.recomputes == "layers"
         self.version = self.corrupted = 0
