@@ -11,16 +11,16 @@ a share of ours in the same turn (median, and quartiles): above 1 is slower than
 
     ours            torch_eplb.wrap with its defaults
     ours, module    the same with experts="module": the experts' own forward on the rows
-    ours, gathered  the same with dispatch="all_gather", if this version has it
     transformers    transformers' own all-to-all expert parallelism
     textbook        sort choices by expert, one row per choice there and back, sum at home
     all-gather      all tokens everywhere, each rank its own experts' choices, reduce-scatter
     torchtitan      torchtitan's dispatcher and its grouped experts, if it is installed
     unsharded       no dispatch: every rank holds all experts and computes its own tokens
 
-Besides, per way: CPU time of the busiest rank as a share of ours, bytes that a rank sends to others
-(counted in the process group), and the most memory that a forward held at one time beyond its
-inputs, in units of [tokens, top-k, hidden].
+Besides, per way: CPU time of the busiest rank as a share of ours, which means more than the clock
+where ranks have no cores of their own; the most memory that a forward held at one time, in units of
+[tokens, top-k, hidden]; and of ours the bytes that rank 0 sent to others, in units of
+[tokens, hidden].
 """
 
 from __future__ import annotations
@@ -39,13 +39,18 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import torch_eplb
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 64, 8, 1024, 512
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]
+# torch 2.13 renamed them.
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def main() -> None:
@@ -133,10 +138,6 @@ def all_ways(plain: nn.Module, rank: int, ranks: int) -> dict[str, Way]:
     ways: dict[str, Way] = {"ours": wrapped(plain)}
     if "experts" in fields:
         ways["ours, module"] = wrapped(plain, experts="module")
-    try:
-        ways["ours, gathered"] = wrapped(plain, dispatch="all_gather")
-    except ValueError:
-        pass  # a version without it
     local = shard(plain, rank, ranks)
     ways["transformers"] = transformers_way(copy.deepcopy(local), ranks)
     ways["textbook"] = lambda *batch: textbook(local, ranks, *batch)
@@ -175,17 +176,21 @@ def transformers_way(local: nn.Module, ranks: int) -> Way:
 def torchtitan_way(local: nn.Module, ranks: int) -> Way | None:
     """Its token dispatcher of the all-to-all kind around the same grouped products, or None."""
     try:
+        from torchtitan.distributed.utils import set_spmd_backend
         from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
     except ImportError:
         return None
-    dispatcher = AllToAllTokenDispatcher(
-        AllToAllTokenDispatcher.Config(num_experts=EXPERTS, top_k=TOP_K)
-    )
-    dispatcher.wire_meshes(ep_mesh=None, sp_mesh=None) if ranks == 1 else None
+    from torch.distributed.device_mesh import init_device_mesh
+
+    set_spmd_backend("default")  # meshes are given, not taken from its trainer
+    config = AllToAllTokenDispatcher.Config(num_experts=EXPERTS, top_k=TOP_K)
+    dispatcher = AllToAllTokenDispatcher(config)
+    dispatcher.wire_meshes(ep_mesh=init_device_mesh("cpu", (ranks,), mesh_dim_names=("ep",)))
 
     def way(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        rows, counts, metadata = dispatcher.dispatch(hidden, weights, ids)
-        return dispatcher.combine(grouped(local, rows, counts), metadata, hidden)
+        counts = torch.bincount(ids.reshape(-1), minlength=EXPERTS)
+        rows, counts, kept = dispatcher.dispatch(hidden, weights, ids, counts)
+        return dispatcher.combine(grouped(local, rows, counts), kept, hidden)
 
     return way
 
@@ -226,7 +231,7 @@ def gathered(
 
     def everybody(mine: Tensor) -> Tensor:
         parts = mine.new_empty(ranks * len(mine), mine.shape[1])
-        dist.all_gather_into_tensor(parts, mine.contiguous())
+        all_gather(parts, mine.contiguous())
         return parts
 
     all_hidden, all_ids, all_weights = (everybody(x) for x in (hidden, ids, weights))
@@ -238,7 +243,7 @@ def gathered(
     results = results * all_weights.reshape(-1)[own, None]
     partial = torch.zeros_like(all_hidden).index_add_(0, own // TOP_K, results)
     total = torch.empty_like(hidden)
-    dist.reduce_scatter_tensor(total, partial)
+    reduce_scatter(total, partial)
     return total
 
 
@@ -272,17 +277,40 @@ def cost(way: Way, batch: tuple[Tensor, ...]) -> Cost:
     return Cost(*used.tolist())
 
 
+class AllocationObserver(TorchDispatchMode):
+    """Knows every storage that operations inside have made, and the most that lived at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given = {
+            leaf.untyped_storage()._cdata
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
+                storage = leaf.untyped_storage()
+                self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(nbytes for _, nbytes in self._live.values()))
+        return result
+
+
 def peak(way: Way, batch: tuple[Tensor, ...]) -> float:
-    """Most memory held at one time during a forward, in units of ``[tokens, top-k, hidden]``."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    """Most memory held at one time during a forward, in units of ``[tokens, top-k, hidden]``.
+
+    What one operation takes and gives back inside of it is not seen.
+    """
+    with AllocationObserver() as observer:
         way(*batch)
-    held = most = 0
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    hidden = batch[0]
-    return most / (hidden.numel() * hidden.element_size() * TOP_K)
+    return observer.peak / (batch[0].numel() * batch[0].element_size() * TOP_K)
 
 
 def sent_bytes(way: Way, batch: tuple[Tensor, ...]) -> float:
