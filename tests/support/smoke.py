@@ -1,6 +1,7 @@
 """A program for an environment in which torch_eplb is installed: is all of it there, does it run?
 
-It is given the folder that it must not come from, the repository's.
+It is given the repository's folder, whose sources must not be what runs. (tox may well have made the
+environment inside that folder.)
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Experts(nn.Module):
 
 def main() -> None:
     folder = Path(torch_eplb.__file__).parent
-    assert Path(sys.argv[1]) not in folder.parents, f"torch_eplb comes from {folder}"
+    source = Path(sys.argv[1]).resolve() / "torch_eplb"
+    assert folder.resolve() != source, f"torch_eplb comes from {folder}, not from the wheel"
     assert (folder / "py.typed").is_file()
     distribution = importlib.metadata.distribution("torch-eplb")
     assert distribution.version == torch_eplb.__version__
