@@ -1,7 +1,8 @@
 """`load_pretrained`: a safetensors checkpoint into a wrapped model, this rank's slots only.
 
 names   which of the checkpoint's tensors fill which part of which of the model's tensors, for
-        all experts, so that what is missing or unknown is found before anything is written
+        all experts, so that what is missing or unknown is found before anything is written:
+        as ``names=`` says, else the model's conversion mapping, else as usual
 plan    of these, what this rank's slots need; shapes and dtypes compared
 read    file after file, straight into live tensors
 """
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from torch_eplb.files.paths import PathLike
+from torch_eplb.state.conversions import Converted, converted_names
 from torch_eplb.state.full import ExpertTensor, expert_tensors
 from torch_eplb.state.materialize import materialize
 from torch_eplb.state.safetensor_files import Checkpoint, Reading
@@ -70,7 +72,8 @@ def load_pretrained(
         folder: has ``model.safetensors``, or ``model.safetensors.index.json`` and the files that it
             names.
         names: how the checkpoint calls its tensors, ``names(key, expert)``, where it calls them
-            neither as the model does nor as usual (`torch_eplb.state.weight_names`).
+            neither as the model does, nor as transformers' conversion mapping of the model says,
+            nor as usual (`torch_eplb.state.weight_names`).
         strict: refuse tensors of the checkpoint that the model does not have. Missing ones are
             always refused.
 
@@ -138,19 +141,32 @@ def _plan(
         RuntimeError: keys, shapes or dtypes do not fit.
     """
     tensors = _tensors(balancer)
-    sources, missing = _find_sources(balancer, tensors, checkpoint, names)
+    converted = converted_names(
+        balancer.module,
+        checkpoint.files,
+        tensors,
+        {
+            key: (tensor.num_experts, tensor.full_size)
+            for key, tensor in expert_tensors(balancer, tensors).items()
+        },
+    )
+    sources, missing = _find_sources(balancer, tensors, checkpoint, names, converted)
     tie: Any = getattr(balancer.module, "tie_weights", None)
     if missing and callable(tie):
         # On the meta device a model may not have tied them yet.
         tie()
         tensors = _tensors(balancer)
-        sources, missing = _find_sources(balancer, tensors, checkpoint, names)
-    problems = [f"missing: {text}" for text in missing]
+        sources, missing = _find_sources(balancer, tensors, checkpoint, names, converted)
+    problems = list(missing)
     problems += _unsaved_experts(balancer, tensors)
     if strict:
         used = {
             name for by_expert in sources.values() for row in by_expert.values() for name in row
         }
+        # With those of unused entries, and of what is refused for another reason.
+        for entry in converted.values():
+            if entry.refused or not entry.names.isdisjoint(used):
+                used |= entry.names
         ignored = getattr(balancer.module, "_keys_to_ignore_on_load_unexpected", None) or ()
         problems += [
             f"unknown: {name}"
@@ -184,6 +200,7 @@ def _find_sources(
     tensors: Mapping[str, torch.Tensor],
     checkpoint: Checkpoint,
     names: NameRule | None,
+    converted: Mapping[str, Converted],
 ) -> tuple[dict[str, dict[int | None, list[str]]], list[str]]:
     """By the model's key and the expert (None without), the checkpoint's names; what is missing."""
     experts = expert_tensors(balancer, tensors)
@@ -194,10 +211,14 @@ def _find_sources(
         ids = range(experts[key].num_experts) if key in experts else [None]
         found: dict[int | None, list[str]] = {}
         for expert in ids:
-            row = _first_held(key, expert, split, checkpoint, names)
+            row = _first_held(key, expert, split, checkpoint, names, converted.get(key))
+            if row is None and key in converted and converted[key].refused:
+                missing[key] = f"not converted: {key}: {converted[key].refused}"
+                break
             if row is None:
                 tried = [list(r) for r in usual_names(key, expert if split else None)]
-                missing[key] = f"{key}" + (f", expert {expert}" if expert is not None else "")
+                missing[key] = f"missing: {key}"
+                missing[key] += f", expert {expert}" if expert is not None else ""
                 if tried:
                     missing[key] += f" (nor {' + '.join(tried[0])})"
                 break
@@ -210,12 +231,20 @@ def _find_sources(
 
 
 def _first_held(
-    key: str, expert: int | None, split: bool, checkpoint: Checkpoint, names: NameRule | None
+    key: str,
+    expert: int | None,
+    split: bool,
+    checkpoint: Checkpoint,
+    names: NameRule | None,
+    converted: Converted | None,
 ) -> list[str] | None:
     if names is not None:
         chosen = names(key, expert)
         if chosen is not None:
             return list(chosen) if all(name in checkpoint.files for name in chosen) else None
+    if converted is not None:
+        # Before the model's own name, under which a checkpoint may have other values.
+        return None if converted.refused else converted.row(expert)
     if key in checkpoint.files:
         return [key]
     for row in usual_names(key, expert if split else None):
