@@ -449,6 +449,13 @@ FAULTS = (
         "            self._last_copies",
         "schedule",
     ),
+    _fault(
+        "posted-with-what-checkpoints-hold",
+        "runtime/engine.py",
+        "with without_saved_tensors_hooks(), self._failing():",
+        "with self._failing():",
+        "faults/test_lives.py::test_a_model_that_was_recomputed_as_a_whole_can_be_dropped",
+    ),
     # ---- state --------------------------------------------------------------------------------
     _fault(
         "aliases-gathered-twice",

@@ -107,9 +107,7 @@ class Wrapped:
             self.call = nn.parallel.DistributedDataParallel(inside, process_group=company.group)
         self.recomputes = ""
         if company.gradients != "none":
-            # Not "whole" without "reentrant": a model that is dropped after such a checkpoint is
-            # known to stay in memory, with its planner.
-            whole = [] if self.ddp else ["whole, reentrant"]
+            whole = [] if self.ddp else ["whole", "whole, reentrant"]
             self.recomputes = chance.choice(["", "layers", *whole])
         model.recomputes = self.recomputes == "layers"
         self.version = self.corrupted = 0

@@ -1,7 +1,7 @@
 """A program for an environment in which torch_eplb is installed: is all of it there, does it run?
 
-It is given the repository's folder, whose sources must not be what runs. (tox may well have made the
-environment inside that folder.)
+It is given the repository's folder, whose sources must not be what runs. (tox may well have made
+the environment inside that folder.)
 """
 
 from __future__ import annotations

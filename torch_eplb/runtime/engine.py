@@ -27,6 +27,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from torch_eplb.comm.agreement import agree, gather_json
+from torch_eplb.comm.saved_tensors import without_saved_tensors_hooks
 from torch_eplb.layers.context import LayerContext, recomputing
 from torch_eplb.layers.dispatch import BoundToRanks, Dispatch, make_dispatch
 from torch_eplb.layers.experts import common_owner
@@ -376,7 +377,8 @@ class Engine(BoundToRanks):
         self.comm.check_process()
         start, moving = time.perf_counter(), self._cycle.stage is Stage.MIGRATE
         try:
-            with self._failing():
+            # Hooks on saved tensors: what is posted here may outlive this forward.
+            with without_saved_tensors_hooks(), self._failing():
                 if self._recorder is not None and self.position.step > 0:
                     self._recorder.boundary()
                 if self._life is Life.BALANCING:
