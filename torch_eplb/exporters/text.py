@@ -89,6 +89,8 @@ def _totals(stats: Stats) -> list[str]:
         ("experts moved", f"{stats.experts_moved:,} in {stats.placement_version:,} rounds"),
         ("this rank's traffic", f"{human_bytes(stats.bytes_sent)} sent, "
          f"{human_bytes(stats.bytes_received)} received"),
+        ("active experts", "not known" if stats.active_experts is None
+         else f"{stats.active_experts:.1f} on the rank with most, mean over layers' calls"),
         ("staging", f"{human_bytes(stats.staging_bytes_peak)} used at most of "
          f"{human_bytes(stats.staging_bytes)}"),
         ("time", f"{stats.plan_seconds:.2f} s planning beside the model, {stats.hook_seconds:.2f} s"

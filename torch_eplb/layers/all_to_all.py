@@ -128,7 +128,7 @@ class AllToAll(ComputesChoices[_Trip]):
         position = context.position.enter(self.index)
         counts = all_gather_counts(pad(hits_E, (0, 1), value=position), comm).cpu()
         context.position.compare(counts[:, -1].tolist())
-        order_N, send_RS, receive_RS = plan_dispatch(
+        order_N, send_RS, receive_RS, most_active = plan_dispatch(
             ids_TK,
             counts[:, :-1],
             comm.rank,
@@ -136,7 +136,9 @@ class AllToAll(ComputesChoices[_Trip]):
             comm.num_ranks,
             tables.num_slots,
             tables.topology.ranks_per_node,
+            tables.weight_tokens,
         )
+        context.traffic.add_active(most_active)
         physical_TK = self._in_place(order_N, send_RS, ids_TK)
         if counted_T is None:
             self._count(hits_E, to_device(send_RS.sum(1), ids_TK.device))

@@ -185,6 +185,8 @@ class Dispatch(BoundToRanks):
                 num_ranks,
                 tables.num_slots,
                 tables.solver_LEM[self.index],
+                tables.weight_tokens,
+                None if tables.home_LEM is None else tables.home_LEM[self.index],
             )
         ranks_TK = divide(physical_TK, tables.num_slots)
         if counted_T is None:

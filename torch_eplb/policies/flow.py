@@ -45,12 +45,17 @@ class Knobs:
         max_moves: most slots changed per layer and rebalance; None for no bound.
         plan_seconds: a search that takes longer answers the best that it has found; None for no
             bound. What is then left undone is left to the next rebalance, worst layers first.
+        weight_tokens: tokens that take as long as an expert's weights, where batches are split by
+            what they cost; see `worked`.
+        sample_steps: steps that a sample sums up.
     """
 
     min_gain: float = 0.0003
     target_par: float = 1.005
     max_moves: int | None = None
     plan_seconds: float | None = None
+    weight_tokens: int = 0
+    sample_steps: int = 1
 
     def __post_init__(self) -> None:
         for name, least in (("min_gain", 0.0), ("target_par", 1.0), ("plan_seconds", 0.0)):
@@ -155,15 +160,21 @@ class _Task:
             deadline=deadline,
         )
         self.spread = SPREAD
+        self.weight = knobs.weight_tokens if choice in ("batch", "local") else 0
+        self.steps = knobs.sample_steps
         if not fixed and len(load) > _SAMPLES:
             added = -(-len(load) // _SAMPLES)
             load = np.add.reduceat(load, np.arange(0, len(load), added), axis=0)
             self.spread *= math.sqrt(added)
+            self.steps *= added
         self.num_ranks = current.num_ranks
         self.load = load
         self.x = self.judged(load)
 
-    def judged(self, load: Floats) -> Floats:
+    def judged(self, load: Floats, part: float = 1.0) -> Floats:
+        """Load, or a ``part`` of its tokens, as it is searched with."""
+        if self.weight:
+            load = worked(load, part * self.weight, self.steps)
         return widen(units(load, self.num_ranks), self.spread)
 
     def improve(self, start: Placed, layers: Bools | None = None) -> tuple[Placed, Floats]:
@@ -197,8 +208,8 @@ class _Task:
             return lasts
         start, load = start[doubtful], load[:, doubtful]
         half = np.random.default_rng(0).binomial(load.astype(np.int64), 0.5).astype(np.float64)
-        found, _ = improve(self.judged(half), start, self.rules)
-        unseen = self.judged(load - half)
+        found, _ = improve(self.judged(half, 0.5), start, self.rules)
+        unseen = self.judged(load - half, 0.5)
         fixed = self.rules.fixed
         gain = par(unseen, start, fixed) - par(unseen, found, fixed)
         error = gain.std(axis=0, ddof=1) / math.sqrt(len(gain)) + _LITTLE
@@ -212,6 +223,28 @@ def units(load: Floats, num_ranks: int) -> Floats:
     """The load in units of each sample's mean rank load; 0 where there is none."""
     mean = load.sum(axis=2, keepdims=True) / num_ranks
     return np.divide(load, mean, out=np.zeros_like(load), where=mean > 0)
+
+
+def worked(load: Floats, weight_tokens: float, steps: int) -> Floats:
+    """What experts cost, in tokens' time: their tokens, or their weights where those take longer.
+
+    An active expert is a job that should not be split; as one that can be, it gives the same
+    peaks, but for rounding: the least number of jobs on the fullest rank is the greatest mean over
+    a set of ranks of the jobs that only they can do, rounded up. In samples of several steps, an
+    expert is taken to be active in as many of them as independent tokens would make it.
+
+    Args:
+        load: ``[samples, layers, experts]``, tokens.
+        weight_tokens: as in `Knobs`.
+        steps: steps of a sample.
+
+    >>> worked(np.array([[[0.0, 3.0, 20.0]]]), 8.0, 1).tolist()
+    [[[0.0, 8.0, 20.0]]]
+    >>> worked(np.array([[[0.0, 2.0, 40.0]]]), 8.0, 2).round(1).tolist()  # 2 in 2 steps: in 1.26
+    [[[0.0, 10.1, 40.0]]]
+    """
+    active = -np.expm1(-load / steps) * steps if steps > 1 else (load > 0).astype(np.float64)
+    return np.maximum(load, active * weight_tokens)
 
 
 def widen(x: Floats, spread: float) -> Floats:

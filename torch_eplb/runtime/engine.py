@@ -132,6 +132,7 @@ class Engine(BoundToRanks):
                 max_replicas=min(comm.num_ranks, config.num_redundant_experts + 1),
                 topology=setup.topology,
                 prefer_local=not config.dispatch_kind.shares_tokens,
+                weight_tokens=setup.weight_tokens,
             )
         self.written = [*self._tables.tensors(), *self._counters.tensors()]
         self.exchange = Exchange(self.layers, comm, setup.staging_bytes, config.verify)
@@ -522,6 +523,7 @@ class Engine(BoundToRanks):
             bytes_received=exchange.bytes_received,
             token_rows_sent=self._traffic.rows,
             token_bytes_sent=self._traffic.nbytes,
+            active_experts=self._traffic.mean_active,
             staging_bytes=exchange.staging_bytes,
             staging_bytes_peak=exchange.staging_peak,
             plan_seconds=cycle.plan_seconds,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypedDict
 
 from torch_eplb.values.choices import (
+    CostName,
     DispatchName,
     ExpertsName,
     PhaseName,
@@ -25,6 +26,7 @@ class Options(TypedDict, total=False):
     num_redundant_experts: int
     dispatch: DispatchName
     replica_choice: ReplicaChoice | None
+    cost: CostName | tuple[float, float] | None
     experts: ExpertsName
     policy: PolicyName | Callable[..., Any]
     min_gain: float | None

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
 __all__ = [
+    "COSTS",
     "DISPATCHES",
     "EXPERTS",
     "PHASES",
     "REPLICA_CHOICES",
     "TRANSPORTS",
+    "CostName",
     "DispatchKind",
     "DispatchName",
     "ExpertsName",
@@ -27,6 +29,9 @@ DispatchName: TypeAlias = Literal["all_to_all", "all_reduce", "external"]
 ReplicaChoice: TypeAlias = Literal["batch", "local", "table", "even"]
 """Which replica a token goes to; see `torch_eplb.Config`."""
 
+CostName: TypeAlias = Literal["auto", "measured"]
+"""Where the times that "batch" and "local" level come from; see `torch_eplb.Config`."""
+
 ExpertsName: TypeAlias = Literal["auto", "module", "grouped"]
 """Who computes the experts of a slot; see `torch_eplb.Config`."""
 
@@ -40,6 +45,7 @@ PolicyName: TypeAlias = Literal["flow", "deepseek", "swift", "flashlb", "random"
 """How placements are planned."""
 
 REPLICA_CHOICES: tuple[ReplicaChoice, ...] = get_args(ReplicaChoice)
+COSTS: tuple[CostName, ...] = get_args(CostName)
 EXPERTS: tuple[ExpertsName, ...] = get_args(ExpertsName)
 PHASES: tuple[PhaseName, ...] = get_args(PhaseName)
 TRANSPORTS: tuple[TransportName, ...] = get_args(TransportName)
