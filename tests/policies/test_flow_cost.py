@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
 
 from torch_eplb.policies import flow
+from torch_eplb.policies.active import least_active
 from torch_eplb.policies.registry import make_policy
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Topology
@@ -50,3 +55,29 @@ def test_shares_that_do_not_follow_the_batch_are_judged_by_tokens() -> None:
         for weight in (None, 100)
     ]
     assert plans[0].placement == plans[1].placement
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_the_fullest_rank_has_as_few_active_experts_as_can_be(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    ranks, slots, experts = 3, 4, 7
+    placed = np.stack([rng.permutation(experts)[:slots] for _ in range(ranks)]).astype(np.int32)
+    active = np.isin(np.arange(experts), placed) & (rng.random(experts) < 0.8)
+    choices = [np.flatnonzero((placed == e).any(axis=1)) for e in np.flatnonzero(active)]
+    best = min(
+        np.bincount(np.array(which, dtype=np.int64), minlength=ranks).max()
+        for which in itertools.product(*choices)
+    )
+    assert least_active(placed, active) == best
+
+
+def test_replicas_are_not_placed_where_one_more_active_expert_costs_more_than_they_bring() -> None:
+    """All experts are active, a few with twice as many tokens, and weights cost most."""
+    homes = Placement.initial(1, 32, 4, 8).experts
+    start = Placement(np.concatenate([homes, np.roll(homes, 1, axis=1)[..., :1]], axis=2), 32)
+    rng = np.random.default_rng(7)
+    load = rng.poisson(np.where(np.arange(32) < 8, 90.0, 30.0), (25, 1, 32)).astype(np.float64)
+    active = np.ones(32, dtype=bool)
+    assert least_active(start.experts[0], active) == 8
+    answer = make_policy("flow", weight_tokens=100)(load, start, Topology(4)).placement
+    assert least_active(answer.experts[0], active) == 8

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from torch_eplb.policies.active import least_active
 from torch_eplb.policies.deepseek import groups_on_nodes, node_bound, place
 from torch_eplb.policies.improve import Rules, improve, par
 from torch_eplb.values.placement import Placement
@@ -58,7 +59,11 @@ class Knobs:
     sample_steps: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("min_gain", 0.0), ("target_par", 1.0), ("plan_seconds", 0.0)):
+        for name, least in (
+            ("min_gain", 0.0),
+            ("target_par", 1.0),
+            ("plan_seconds", 0.0),
+        ):
             value = getattr(self, name)
             if value is None and name == "plan_seconds":
                 continue
@@ -94,6 +99,9 @@ scatter as independent tokens do; in parts of that where they scatter more, or l
 _LITTLE = 0.001
 """Added to the standard error: smaller gains are not worth a plan."""
 
+_LOOKED_AT = 8
+"""Samples in which whole experts are counted."""
+
 _UNLIKE = 0.25
 """Nothing is doubted where samples scatter this much less, or as many times more."""
 
@@ -118,7 +126,15 @@ def plan(
     """
     task = _Task(load, replica_choice, knobs, current, topology)
     if not node_bound(current, topology):
-        return Placement(task.improve(current.experts)[0], current.num_experts)
+        experts = task.improve(current.experts)[0]
+        if task.weight and not task.rules.fixed:
+            by_tokens = _Task(
+                load, replica_choice, replace(knobs, weight_tokens=0), current, topology
+            )
+            experts = task.cheapest(
+                [current.experts, experts, by_tokens.improve(current.experts)[0]]
+            )
+        return Placement(experts, current.num_experts)
     anew = current.align(place(load.mean(axis=0), current, topology)).experts
     kept = groups_on_nodes(current, topology)
     start = np.where(kept[:, None, None], current.experts, anew)
@@ -145,7 +161,12 @@ class _Task:
     """
 
     def __init__(
-        self, load: Floats, choice: str, knobs: Knobs, current: Placement, topology: Topology
+        self,
+        load: Floats,
+        choice: str,
+        knobs: Knobs,
+        current: Placement,
+        topology: Topology,
     ) -> None:
         fixed = choice in ("even", "table") or not current.num_redundant_experts
         deadline = math.inf
@@ -191,6 +212,33 @@ class _Task:
         if todo.any():
             experts[todo], value[todo] = improve(self.x[:, todo], start[todo], self.rules)
         return experts, value
+
+    def cheapest(self, candidates: list[Placed]) -> Placed:
+        """Each layer's placement that costs least, moves away from the first one included.
+
+        Searching takes active experts for jobs that can be split. Here they are whole: where nearly
+        all of them are active, one more on a rank costs as much as any imbalance of tokens.
+        """
+        looked = np.linspace(0, len(self.load) - 1, min(len(self.load), _LOOKED_AT)).astype(int)
+        load = self.load[looked]
+        work = worked(load, self.weight, self.steps)
+        mean, x = work.sum(axis=2) / self.num_ranks, units(work, self.num_ranks)
+        chance = -np.expm1(-load / self.steps) if self.steps > 1 else load > 0
+        active = np.random.default_rng(0).random(load.shape) < chance
+        costs = []
+        for experts in candidates:
+            most = [
+                [least_active(placed, here) for placed, here in zip(experts, there, strict=True)]
+                for there in active
+            ]
+            whole = np.array(most) * (self.weight * self.steps) / np.maximum(mean, 1.0)
+            cost = np.maximum(whole, par(x, experts, False)).mean(axis=0)
+            moved = _moved(candidates[0], experts, load.shape[2])
+            cost += self.rules.price * moved
+            costs.append(np.where(moved > self.rules.most, math.inf, cost))
+        best = np.argmin(costs, axis=0)
+        chosen: Placed = np.stack(candidates)[best, np.arange(len(best))]
+        return chosen
 
     def _lasts(self, start: Placed, load: Floats) -> Bools:
         """``[layers]``: whether what half of the tokens ask for pays for the other half, too.

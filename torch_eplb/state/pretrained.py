@@ -173,7 +173,14 @@ def _plan(
     )
     for key, slot, expert in wanted:
         problems += _add_items(
-            items, key, slot, expert, sources[key][expert], tensors[key], experts.get(key), shapes
+            items,
+            key,
+            slot,
+            expert,
+            sources[key][expert],
+            tensors[key],
+            experts.get(key),
+            shapes,
         )
     _refuse(balancer, list(dict.fromkeys(problems)))
     return items
@@ -210,7 +217,11 @@ def _find_sources(
 
 
 def _first_held(
-    key: str, expert: int | None, split: bool, checkpoint: Checkpoint, names: NameRule | None
+    key: str,
+    expert: int | None,
+    split: bool,
+    checkpoint: Checkpoint,
+    names: NameRule | None,
 ) -> list[str] | None:
     if names is not None:
         chosen = names(key, expert)
