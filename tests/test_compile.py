@@ -115,6 +115,8 @@ torch_eplb.register_layer(IdleExperts, tensors=["up"])
 CHOICES = {
     "all_to_all": ("batch", "local", "table", "even"),
     "all_reduce": ("batch", "table", "even"),
+    "all_gather": ("batch", "table", "even"),
+    "asking": ("batch", "table", "even"),  # all_gather that agrees on sizes: graphs break
     "compact": (
         "batch",
         "table",
@@ -125,6 +127,8 @@ CHOICES = {
 KINDS = {
     "all_to_all": BatchedExperts,
     "all_reduce": BatchedExperts,
+    "all_gather": BatchedExperts,
+    "asking": BatchedExperts,
     "compact": CompactExperts,
     "external": PhysicalExperts,
 }
@@ -155,15 +159,16 @@ def one_way(rank: int, backend: str, kind: str, choice: str, grad: bool) -> None
     plain = copy.deepcopy(model)
     balancer = torch_eplb.wrap(
         model,
-        dispatch="all_reduce" if kind == "compact" else kind,
+        dispatch={"compact": "all_reduce", "asking": "all_gather"}.get(kind, kind),
         replica_choice=choice,
+        max_tokens_per_rank=TOKENS + 3 if kind == "all_gather" else None,
         num_redundant_experts=4,
         policy="random",
         collect_interval=4,
         plan_interval=1,
         allow_training_with_moves=True,
     )
-    whole = kind in ("all_reduce", "external")
+    whole = kind in ("all_reduce", "all_gather", "external")
     run = torch.compile(balancer, fullgraph=whole, backend=backend, dynamic=not whole)
     seed = itertools.count(0 if kind in ("all_reduce", "compact") else 1000 * rank)
 
@@ -193,7 +198,8 @@ def one_way(rank: int, backend: str, kind: str, choice: str, grad: bool) -> None
     with balancer.paused():
         check()
     hits, _ = balancer.load()
-    assert hits.sum(axis=1).tolist() == [steps * TOKENS * TOP_K] * LAYERS
+    counted = steps * TOKENS * TOP_K * (2 if kind in ("all_gather", "asking") else 1)
+    assert hits.sum(axis=1).tolist() == [counted] * LAYERS
     assert balancer.stats().stalled is None
     # The boundary; and for every layer what comes before the experts, the experts, and the rest.
     most = 1 if whole else 1 + 3 * LAYERS
@@ -210,6 +216,9 @@ def test_compiled_outputs_are_the_plain_models() -> None:
             ("all_to_all", "local"),
             ("all_to_all", "table"),
             ("all_reduce", "batch"),
+            ("all_gather", "batch"),
+            ("all_gather", "table"),
+            ("asking", "batch"),
             ("external", "table"),
             ("external", "local"),
             ("compact", "table"),
@@ -223,7 +232,9 @@ def test_compiled_outputs_are_the_plain_models() -> None:
     reason="inductor needs a C++ compiler",
 )
 def test_outputs_by_inductor_are_the_plain_models() -> None:
-    run_ranks(compiled, 2, ways("inductor", [("external", "table")]), timeout=500)
+    run_ranks(
+        compiled, 2, ways("inductor", [("external", "table"), ("all_gather", "batch")]), timeout=500
+    )
 
 
 # ---- compiled before it was wrapped -------------------------------------------------------------

@@ -11,6 +11,7 @@ a share of ours in the same turn (median, and quartiles): above 1 is slower than
 
     ours            torch_eplb.wrap with its defaults
     ours, module    the same with experts="module": the experts' own forward on the rows
+    ours, gathered  the same with dispatch="all_gather"
     transformers    transformers' own all-to-all expert parallelism
     textbook        sort choices by expert, one row per choice there and back, sum at home
     all-gather      all tokens everywhere, each rank its own experts' choices, reduce-scatter
@@ -138,6 +139,7 @@ def all_ways(plain: nn.Module, rank: int, ranks: int) -> dict[str, Way]:
     ways: dict[str, Way] = {"ours": wrapped(plain)}
     if "experts" in fields:
         ways["ours, module"] = wrapped(plain, experts="module")
+    ways["ours, gathered"] = wrapped(plain, dispatch="all_gather")
     local = shard(plain, rank, ranks)
     ways["transformers"] = transformers_way(copy.deepcopy(local), ranks)
     ways["textbook"] = lambda *batch: textbook(local, ranks, *batch)

@@ -253,11 +253,11 @@ def test_a_model_whose_generation_calls_only_a_part_of_it_makes_steps() -> None:
     run_ranks(drive_a_part, 2)
 
 
-def uneven_work(rank: int, world_size: int) -> int:
+def uneven_work(rank: int, world_size: int, dispatch: Any) -> int:
     """A serving loop: ranks have different numbers of requests; those without join the others."""
     model = ToyModel()
     reference = copy.deepcopy(model)
-    balancer = torch_eplb.wrap(model, **QUICK)
+    balancer = torch_eplb.wrap(model, **QUICK, dispatch=dispatch)
     generator = torch.Generator().manual_seed(0)  # the same on all ranks: they know who has work
     served = 0
     with torch.no_grad():
@@ -275,14 +275,18 @@ def uneven_work(rank: int, world_size: int) -> int:
             if balancer.stats().rebalances >= 3:
                 break
     assert balancer.stats().rebalances >= 3
+    total = torch.tensor(served + 4)
+    if dispatch == "all_gather":  # every rank counts what it sees
+        torch.distributed.all_reduce(total)
     by_expert, _ = balancer.load()
-    assert (by_expert.sum(axis=1) == (served + 4) * 2).all()
+    assert (by_expert.sum(axis=1) == int(total) * 2).all()
     balancer.close()
     return balancer.stats().step
 
 
-def test_ranks_without_work_join_the_others_with_idle_steps() -> None:
-    steps = run_ranks(uneven_work, 3)
+@pytest.mark.parametrize("dispatch", ["all_to_all", "all_gather"])
+def test_ranks_without_work_join_the_others_with_idle_steps(dispatch: str) -> None:
+    steps = run_ranks(uneven_work, 3, dispatch)
     assert len(set(steps)) == 1
 
 

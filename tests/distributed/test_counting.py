@@ -21,6 +21,7 @@ WAYS = [
     ("all_to_all", "batch"),
     ("all_to_all", "local"),
     ("all_to_all", "table"),
+    ("all_gather", "batch"),
     ("all_reduce", "batch"),
     ("all_reduce", "even"),
 ]
@@ -47,7 +48,7 @@ def masked(rank: int, world_size: int) -> None:
     for dispatch, choice in WAYS:
         model = ToyModel()
         reference = copy.deepcopy(model)
-        seeds = [10 * step + (rank if dispatch == "all_to_all" else 0) for step in range(6)]
+        seeds = [10 * step + (0 if dispatch == "all_reduce" else rank) for step in range(6)]
         batches = [skewed_batch(12, 16, seed) for seed in seeds]
         masks = [
             torch.rand(3, 4, generator=torch.Generator().manual_seed(seed)) < 0.5 for seed in seeds
@@ -62,6 +63,9 @@ def masked(rank: int, world_size: int) -> None:
                     torch.testing.assert_close(out, reference(x), atol=1e-5, rtol=1e-4)
                 hits, sent = balancer.load()
                 expected = counted(reference, batches, masks)
+                seen = world_size if dispatch == "all_gather" else 1  # ranks whose tokens it counts
+                if seen > 1:
+                    torch.distributed.all_reduce(expected)
                 assert hits.tolist() == expected.tolist()
                 assert sent.sum(axis=1).tolist() == hits.sum(axis=1).tolist()
                 # Each rank's own part is counted for the ranks that hold the experts chosen.
@@ -73,12 +77,12 @@ def masked(rank: int, world_size: int) -> None:
                         assert sent[layer, r] >= hits[layer, held].sum()
                 before = hits.sum()
                 balancer(batches[0])
-                assert balancer.load()[0].sum() == before + 2 * 12 * 2
+                assert balancer.load()[0].sum() == before + 2 * 12 * 2 * seen
                 # A window's load is that of all ranks, whose tokens are the same or each its own.
                 while (window := balancer.window_load()) is None:
                     balancer(batches[0])
                 expected = counted(reference, batches[:3], masks[:3])
-                if dispatch == "all_to_all":
+                if dispatch != "all_reduce":
                     torch.distributed.all_reduce(expected)
                 assert window[0].tolist() == expected.tolist()
 

@@ -99,7 +99,7 @@ class Kinds(nn.Module):
 
 
 def all_kinds(rank: int, world_size: int) -> None:
-    for dispatch in ("all_to_all", "all_reduce"):
+    for dispatch in ("all_to_all", "all_gather", "all_reduce"):
         torch.manual_seed(0)
         model = Kinds()
         reference = copy.deepcopy(model)
@@ -116,7 +116,7 @@ def all_kinds(rank: int, world_size: int) -> None:
             implementation = ("grouped_mm", "eager", "batched_mm", "eager")[step % 4]
             for each in (model, reference):
                 each.gpt_oss.config._experts_implementation = implementation
-            x = skewed_batch(6, HIDDEN, 10 * step + (rank if dispatch == "all_to_all" else 0))
+            x = skewed_batch(6, HIDDEN, 10 * step + (0 if dispatch == "all_reduce" else rank))
             x.requires_grad_(step % 5 == 0)
             with torch.set_grad_enabled(x.requires_grad):
                 actual, expected = balancer(x), reference(x)
@@ -127,7 +127,7 @@ def all_kinds(rank: int, world_size: int) -> None:
                 torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
         hits, sent = (counts.sum(axis=1) for counts in balancer.load())
         assert (hits == sent).all()
-        choices = 6 * 3 * step
+        choices = 6 * 3 * step * (world_size if dispatch == "all_gather" else 1)
         # The first is gpt-oss's; LongCat's other choices are zero-compute experts.
         assert [*hits[:1], *hits[2:]] == [choices, choices, choices, 2 * choices]
         assert 0 < hits[1] < choices

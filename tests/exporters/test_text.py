@@ -25,6 +25,7 @@ expected by the last plan  1.010  1.020 (layer 1)
 
 rebalances           3, the last 75 s ago
 experts moved        21 in 7 rounds
+active experts       3.5 on the rank with most, mean over layers' calls
 this rank's traffic  3.00 MiB sent, 2.00 MiB received
 staging              512 KiB used at most of 1.00 MiB
 time                 0.25 s planning beside the model, 1.50 s at step boundaries (0.50 s moving)

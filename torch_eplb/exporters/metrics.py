@@ -236,7 +236,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("token_sent_bytes_total", "counter", "By",
            "Bytes of tokens and results that this rank sent to other ranks.",
            (), _stat("token_bytes_sent")),
-    Metric("active_experts", "gauge", "{expert}",
+    Metric("active_experts_per_call", "gauge", "{expert}",
            "Experts with tokens on the rank that has most, mean over layers' calls.",
            (), _stat("active_experts")),
     Metric("staging_bytes", "gauge", "By", "Size of this rank's staging pool.",

@@ -96,8 +96,6 @@ def _totals(stats: Stats) -> list[str]:
         ("experts moved", f"{stats.experts_moved:,} in {stats.placement_version:,} rounds"),
         ("this rank's traffic", f"{human_bytes(stats.bytes_sent)} sent, "
          f"{human_bytes(stats.bytes_received)} received"),
-        ("active experts", "not known" if stats.active_experts is None
-         else f"{stats.active_experts:.1f} on the rank with most, mean over layers' calls"),
         ("staging", f"{human_bytes(stats.staging_bytes_peak)} used at most of "
          f"{human_bytes(stats.staging_bytes)}"),
         ("time", f"{stats.plan_seconds:.2f} s planning beside the model, {stats.hook_seconds:.2f} s"
@@ -105,6 +103,9 @@ def _totals(stats: Stats) -> list[str]:
         ("faults", f"plans failed: {stats.plans_failed}, planner restarts: "
          f"{stats.planner_restarts}, rebalances abandoned: {stats.rebalances_abandoned}"),
     ]  # fmt: skip
+    if stats.active_experts is not None:
+        active = f"{stats.active_experts:.1f} on the rank with most, mean over layers' calls"
+        rows.insert(2, ("active experts", active))
     return _columns(rows, left=2)
 
 

@@ -116,6 +116,7 @@ class LayerContext:
         tokens: which rows are counted.
         traffic: what was sent to other ranks.
         experts: who shall compute experts.
+        max_tokens_per_rank: for all-gather, or None.
     """
 
     comm: Communicator
@@ -126,6 +127,7 @@ class LayerContext:
     tokens: TokenMask = field(default_factory=TokenMask)
     traffic: Traffic = field(default_factory=Traffic)
     experts: ExpertsName = "auto"
+    max_tokens_per_rank: int | None = None
 
 
 class Trips(Generic[_Trip]):

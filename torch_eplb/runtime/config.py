@@ -44,15 +44,21 @@ class Config:
     over the ranks."""
 
     dispatch: DispatchName = "all_to_all"
-    """How tokens reach experts. "all_to_all": every rank has its own batch. "all_reduce": all
-    ranks hold the same batch and their partial outputs are summed. "external": the layer
-    dispatches by itself and wants physical expert ids."""
+    """How tokens reach experts. "all_to_all": every rank has its own batch. "all_gather": likewise,
+    and all tokens go to all ranks, for small batches and graphs. "all_reduce": all ranks hold the
+    same batch and their partial outputs are summed. "external": the layer dispatches by itself and
+    wants physical expert ids."""
+
+    max_tokens_per_rank: int | None = None
+    """Most tokens of a rank in one call, with dispatch="all_gather": all batches are padded to so
+    many. None: ranks agree on the largest in every call, which compiled and captured code
+    cannot."""
 
     replica_choice: ReplicaChoice | None = None
     """Which replica a token goes to. "batch": the split is solved for every batch and layer on
     global counts. "local": each rank solves it for its own tokens. "table": the planner's shares.
     "even": replicas in turn. None: "local" for dispatch="external", else "batch"; on NPUs "table"
-    for both dispatches that would solve on the device, "external" and "all_reduce"."""
+    for all dispatches that would solve on the device, all but "all_to_all"."""
 
     cost: CostName | tuple[float, float] | None = "auto"
     """What "batch" and "local" level over ranks: a replica's time, which is that of its tokens, or
@@ -167,6 +173,8 @@ class Config:
             self._check_int(name, least)
         if self.num_nodes is not None:
             self._check_int("num_nodes", 1)
+        if self.max_tokens_per_rank is not None:
+            self._check_int("max_tokens_per_rank", 1)
         for name in ("staging_bytes", "bytes_per_step"):
             value = getattr(self, name)
             if value is not None:
@@ -175,6 +183,11 @@ class Config:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         self._check_choice("dispatch", DISPATCHES)
+        if self.max_tokens_per_rank is not None and self.dispatch != "all_gather":
+            raise ValueError(
+                f"max_tokens_per_rank={self.max_tokens_per_rank} is for dispatch='all_gather', "
+                f"not for {self.dispatch!r}; leave it out"
+            )
         self._check_choice("experts", EXPERTS)
         if self.experts == "grouped" and not self.dispatch_kind.communicates:
             raise ValueError(

@@ -179,6 +179,7 @@ class Engine(BoundToRanks):
             self.position,
             self._roster,
             experts=self.config.experts,
+            max_tokens_per_rank=self.config.max_tokens_per_rank,
         )
         self.tokens = context.tokens
         self._traffic = context.traffic
@@ -349,7 +350,7 @@ class Engine(BoundToRanks):
             EPLBError: a layer has not been called yet on this rank.
         """
         kind = self.config.dispatch_kind
-        if kind.shares_tokens:
+        if not kind.own_batches:
             raise ValueError(
                 f"idle_step: with dispatch={kind.name!r} all ranks hold the same batch, so none is "
                 "without work when another has some"

@@ -25,6 +25,7 @@ class Options(TypedDict, total=False):
 
     num_redundant_experts: int
     dispatch: DispatchName
+    max_tokens_per_rank: int | None
     replica_choice: ReplicaChoice | None
     cost: CostName | tuple[float, float] | None
     experts: ExpertsName
