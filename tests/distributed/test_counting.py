@@ -182,14 +182,15 @@ def recomputed(rank: int, world_size: int, reentrant: bool, whole: bool, folder:
             record_path=trace,
         )
         for step in range(4):
-            x = skewed_batch(10, 16, 10 * step + (rank if dispatch == "all_to_all" else 0))
+            x = skewed_batch(10, 16, 10 * step + (0 if dispatch == "all_reduce" else rank))
             x.requires_grad_()
             out = checkpoint(balancer, x, use_reentrant=reentrant) if whole else balancer(x)
             out.square().sum().backward()
             assert balancer.stats().step == step + 1
         hits, sent = balancer.load()
-        assert hits.sum(axis=1).tolist() == [4 * 20] * 2
-        assert sent.sum(axis=1).tolist() == [4 * 20] * 2
+        seen = world_size if dispatch == "all_gather" else 1  # ranks whose tokens it counts
+        assert hits.sum(axis=1).tolist() == [4 * 20 * seen] * 2
+        assert sent.sum(axis=1).tolist() == [4 * 20 * seen] * 2
         assert all(p.grad is not None for p in model.parameters())
         balancer.close()
         if rank == 0:
