@@ -41,7 +41,10 @@ class BatchedExperts(nn.Module):
         return self.up
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
         up = self.weights()
         ids = top_k_index.clamp(max=len(up) - 1)  # a sentinel has weight 0
@@ -70,7 +73,10 @@ class IdleExperts(BatchedExperts):
         self.num_experts = EXPERTS
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
         return hidden_states * 0 + top_k_index[:, :1]
 
@@ -109,12 +115,20 @@ torch_eplb.register_layer(IdleExperts, tensors=["up"])
 CHOICES = {
     "all_to_all": ("batch", "local", "table", "even"),
     "all_reduce": ("batch", "table", "even"),
-    "compact": ("batch", "table", "even"),  # all_reduce, for experts that know no sentinel
+    "all_gather": ("batch", "table", "even"),
+    "asking": ("batch", "table", "even"),  # all_gather that agrees on sizes: graphs break
+    "compact": (
+        "batch",
+        "table",
+        "even",
+    ),  # all_reduce, for experts that know no sentinel
     "external": ("local", "table", "even"),
 }
 KINDS = {
     "all_to_all": BatchedExperts,
     "all_reduce": BatchedExperts,
+    "all_gather": BatchedExperts,
+    "asking": BatchedExperts,
     "compact": CompactExperts,
     "external": PhysicalExperts,
 }
@@ -145,15 +159,16 @@ def one_way(rank: int, backend: str, kind: str, choice: str, grad: bool) -> None
     plain = copy.deepcopy(model)
     balancer = torch_eplb.wrap(
         model,
-        dispatch="all_reduce" if kind == "compact" else kind,
+        dispatch={"compact": "all_reduce", "asking": "all_gather"}.get(kind, kind),
         replica_choice=choice,
+        max_tokens_per_rank=TOKENS + 3 if kind == "all_gather" else None,
         num_redundant_experts=4,
         policy="random",
         collect_interval=4,
         plan_interval=1,
         allow_training_with_moves=True,
     )
-    whole = kind in ("all_reduce", "external")
+    whole = kind in ("all_reduce", "all_gather", "external")
     run = torch.compile(balancer, fullgraph=whole, backend=backend, dynamic=not whole)
     seed = itertools.count(0 if kind in ("all_reduce", "compact") else 1000 * rank)
 
@@ -183,7 +198,8 @@ def one_way(rank: int, backend: str, kind: str, choice: str, grad: bool) -> None
     with balancer.paused():
         check()
     hits, _ = balancer.load()
-    assert hits.sum(axis=1).tolist() == [steps * TOKENS * TOP_K] * LAYERS
+    counted = steps * TOKENS * TOP_K * (2 if kind in ("all_gather", "asking") else 1)
+    assert hits.sum(axis=1).tolist() == [counted] * LAYERS
     assert balancer.stats().stalled is None
     # The boundary; and for every layer what comes before the experts, the experts, and the rest.
     most = 1 if whole else 1 + 3 * LAYERS
@@ -200,6 +216,9 @@ def test_compiled_outputs_are_the_plain_models() -> None:
             ("all_to_all", "local"),
             ("all_to_all", "table"),
             ("all_reduce", "batch"),
+            ("all_gather", "batch"),
+            ("all_gather", "table"),
+            ("asking", "batch"),
             ("external", "table"),
             ("external", "local"),
             ("compact", "table"),
@@ -213,7 +232,9 @@ def test_compiled_outputs_are_the_plain_models() -> None:
     reason="inductor needs a C++ compiler",
 )
 def test_outputs_by_inductor_are_the_plain_models() -> None:
-    run_ranks(compiled, 2, ways("inductor", [("external", "table")]), timeout=500)
+    run_ranks(
+        compiled, 2, ways("inductor", [("external", "table"), ("all_gather", "batch")]), timeout=500
+    )
 
 
 # ---- compiled before it was wrapped -------------------------------------------------------------
@@ -228,7 +249,9 @@ def compile_in_place(model: nn.Module) -> tuple[nn.Module, Callable[..., torch.T
     return model, model
 
 
-def compile_the_wrapped(model: nn.Module) -> tuple[nn.Module, Callable[..., torch.Tensor]]:
+def compile_the_wrapped(
+    model: nn.Module,
+) -> tuple[nn.Module, Callable[..., torch.Tensor]]:
     compiled = torch.compile(model, backend="eager")
     return compiled, compiled
 
@@ -240,7 +263,8 @@ def compile_layers(model: nn.Module) -> tuple[nn.Module, Callable[..., torch.Ten
 
 
 @pytest.mark.parametrize(
-    "compile_it", [compile_outside, compile_in_place, compile_the_wrapped, compile_layers]
+    "compile_it",
+    [compile_outside, compile_in_place, compile_the_wrapped, compile_layers],
 )
 def test_a_model_that_ran_compiled_before_it_was_wrapped_runs_the_hooks(
     compile_it: Callable[[nn.Module], tuple[nn.Module, Callable[..., torch.Tensor]]],
@@ -276,7 +300,10 @@ def test_a_compiled_model_forgets_the_hooks_when_it_is_unwrapped() -> None:
 def test_autocast_keeps_no_casts_of_experts_that_moved() -> None:
     x = torch.ones(1, 1, HIDDEN)
     model = Model(BatchedExperts)
-    with fake_process_group(world_size=4, rank=1), torch.autocast("cpu", torch.bfloat16):
+    with (
+        fake_process_group(world_size=4, rank=1),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
         with torch_eplb.wrap(model, num_redundant_experts=4) as balancer:
             up = model.layers[0].experts.up
             before = torch.bmm(x.expand(len(up), -1, -1), up)  # kept until autocast ends

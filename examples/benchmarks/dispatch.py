@@ -11,6 +11,7 @@ a share of ours in the same turn (median, and quartiles): above 1 is slower than
 
     ours            torch_eplb.wrap with its defaults
     ours, module    the same with experts="module": the experts' own forward on the rows
+    ours, gathered  the same with dispatch="all_gather"
     transformers    transformers' own all-to-all expert parallelism
     textbook        sort choices by expert, one row per choice there and back, sum at home
     all-gather      all tokens everywhere, each rank its own experts' choices, reduce-scatter
@@ -138,6 +139,7 @@ def all_ways(plain: nn.Module, rank: int, ranks: int) -> dict[str, Way]:
     ways: dict[str, Way] = {"ours": wrapped(plain)}
     if "experts" in fields:
         ways["ours, module"] = wrapped(plain, experts="module")
+    ways["ours, gathered"] = wrapped(plain, dispatch="all_gather")
     local = shard(plain, rank, ranks)
     ways["transformers"] = transformers_way(copy.deepcopy(local), ranks)
     ways["textbook"] = lambda *batch: textbook(local, ranks, *batch)
@@ -225,7 +227,12 @@ def textbook(local: nn.Module, ranks: int, hidden: Tensor, ids: Tensor, weights:
 
 
 def gathered(
-    local: nn.Module, rank: int, ranks: int, hidden: Tensor, ids: Tensor, weights: Tensor
+    local: nn.Module,
+    rank: int,
+    ranks: int,
+    hidden: Tensor,
+    ids: Tensor,
+    weights: Tensor,
 ) -> Tensor:
     """Everybody's tokens; the choices of this rank's experts; reduce-scatter of partial sums."""
 
@@ -255,7 +262,10 @@ def check(ways: dict[str, Way], plain: nn.Module, batch: tuple[Tensor, ...]) -> 
     expected = plain(*batch).float()
     for name, way in ways.items():
         error = (way(*batch).float() - expected).abs().max() / expected.abs().max()
-        assert error < (1e-4 if batch[0].dtype == torch.float32 else 0.03), (name, error)
+        assert error < (1e-4 if batch[0].dtype == torch.float32 else 0.03), (
+            name,
+            error,
+        )
 
 
 @dataclasses.dataclass

@@ -57,13 +57,18 @@ def under_fsdp(rank: int, world_size: int, ignored: bool) -> None:
             torch.testing.assert_close(balancer(x), reference(x), atol=1e-5, rtol=1e-4)
     else:
         fully_shard(model)
-        with torch.no_grad(), pytest.raises(ValueError, match="was replaced after wrapping"):
+        with (
+            torch.no_grad(),
+            pytest.raises(ValueError, match="was replaced after wrapping"),
+        ):
             balancer(x)
     balancer.close()
 
 
 @pytest.mark.parametrize("ignored", [True, False])
-def test_fsdp_is_right_where_experts_are_ignored_and_refused_where_not(ignored: bool) -> None:
+def test_fsdp_is_right_where_experts_are_ignored_and_refused_where_not(
+    ignored: bool,
+) -> None:
     run_ranks(under_fsdp, 2, ignored)
 
 
@@ -81,7 +86,10 @@ def train(rank: int, world_size: int) -> None:
             parameter.requires_grad_(False)
         balancer(x).sum().backward()  # experts are frozen
         balancer.close()
-    for options in ({"policy": "static"}, {"policy": "flow", "allow_training_with_moves": True}):
+    for options in (
+        {"policy": "static"},
+        {"policy": "flow", "allow_training_with_moves": True},
+    ):
         balancer = torch_eplb.wrap(ToyModel(), timeout=30, **options)  # type: ignore[arg-type]
         balancer(x).sum().backward()
         assert all(p.grad is not None for p in balancer.expert_parameters())
@@ -106,7 +114,10 @@ def cast(rank: int, world_size: int) -> None:
             serve_until(lambda balancer=balancer: in_flight(balancer), balancer, rank)
             balancer.to(dtype)
             reference.to(dtype)
-            rebalances, x = balancer.stats().rebalances, skewed_batch(6, 16, rank, dtype=dtype)
+            rebalances, x = (
+                balancer.stats().rebalances,
+                skewed_batch(6, 16, rank, dtype=dtype),
+            )
             if not fits:
                 says = r"staging_bytes=1\d+ has no room .* was cast \(torch\.float64\)"
                 with pytest.raises(ValueError, match=says):
@@ -149,7 +160,8 @@ def test_adapters_that_are_added_after_wrapping_are_noticed_at_the_next_forward(
         with torch_eplb.wrap(ToyModel()) as balancer, torch.no_grad():
             balancer(torch.rand(2, 16))
             peft.get_peft_model(
-                balancer.module, peft.LoraConfig(r=2, target_parameters=["experts.down_proj"])
+                balancer.module,
+                peft.LoraConfig(r=2, target_parameters=["experts.down_proj"]),
             )
             with pytest.raises(ValueError, match="ParamWrapper 'default' was added to the experts"):
                 balancer(torch.rand(2, 16))
@@ -241,11 +253,11 @@ def test_a_model_whose_generation_calls_only_a_part_of_it_makes_steps() -> None:
     run_ranks(drive_a_part, 2)
 
 
-def uneven_work(rank: int, world_size: int) -> int:
+def uneven_work(rank: int, world_size: int, dispatch: Any) -> int:
     """A serving loop: ranks have different numbers of requests; those without join the others."""
     model = ToyModel()
     reference = copy.deepcopy(model)
-    balancer = torch_eplb.wrap(model, **QUICK)
+    balancer = torch_eplb.wrap(model, **QUICK, dispatch=dispatch)
     generator = torch.Generator().manual_seed(0)  # the same on all ranks: they know who has work
     served = 0
     with torch.no_grad():
@@ -263,14 +275,18 @@ def uneven_work(rank: int, world_size: int) -> int:
             if balancer.stats().rebalances >= 3:
                 break
     assert balancer.stats().rebalances >= 3
+    total = torch.tensor(served + 4)
+    if dispatch == "all_gather":  # every rank counts what it sees
+        torch.distributed.all_reduce(total)
     by_expert, _ = balancer.load()
-    assert (by_expert.sum(axis=1) == (served + 4) * 2).all()
+    assert (by_expert.sum(axis=1) == int(total) * 2).all()
     balancer.close()
     return balancer.stats().step
 
 
-def test_ranks_without_work_join_the_others_with_idle_steps() -> None:
-    steps = run_ranks(uneven_work, 3)
+@pytest.mark.parametrize("dispatch", ["all_to_all", "all_gather"])
+def test_ranks_without_work_join_the_others_with_idle_steps(dispatch: str) -> None:
+    steps = run_ranks(uneven_work, 3, dispatch)
     assert len(set(steps)) == 1
 
 

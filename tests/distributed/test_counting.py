@@ -21,6 +21,7 @@ WAYS = [
     ("all_to_all", "batch"),
     ("all_to_all", "local"),
     ("all_to_all", "table"),
+    ("all_gather", "batch"),
     ("all_reduce", "batch"),
     ("all_reduce", "even"),
 ]
@@ -47,7 +48,7 @@ def masked(rank: int, world_size: int) -> None:
     for dispatch, choice in WAYS:
         model = ToyModel()
         reference = copy.deepcopy(model)
-        seeds = [10 * step + (rank if dispatch == "all_to_all" else 0) for step in range(6)]
+        seeds = [10 * step + (0 if dispatch == "all_reduce" else rank) for step in range(6)]
         batches = [skewed_batch(12, 16, seed) for seed in seeds]
         masks = [
             torch.rand(3, 4, generator=torch.Generator().manual_seed(seed)) < 0.5 for seed in seeds
@@ -62,6 +63,9 @@ def masked(rank: int, world_size: int) -> None:
                     torch.testing.assert_close(out, reference(x), atol=1e-5, rtol=1e-4)
                 hits, sent = balancer.load()
                 expected = counted(reference, batches, masks)
+                seen = world_size if dispatch == "all_gather" else 1  # ranks whose tokens it counts
+                if seen > 1:
+                    torch.distributed.all_reduce(expected)
                 assert hits.tolist() == expected.tolist()
                 assert sent.sum(axis=1).tolist() == hits.sum(axis=1).tolist()
                 # Each rank's own part is counted for the ranks that hold the experts chosen.
@@ -73,12 +77,12 @@ def masked(rank: int, world_size: int) -> None:
                         assert sent[layer, r] >= hits[layer, held].sum()
                 before = hits.sum()
                 balancer(batches[0])
-                assert balancer.load()[0].sum() == before + 2 * 12 * 2
+                assert balancer.load()[0].sum() == before + 2 * 12 * 2 * seen
                 # A window's load is that of all ranks, whose tokens are the same or each its own.
                 while (window := balancer.window_load()) is None:
                     balancer(batches[0])
                 expected = counted(reference, batches[:3], masks[:3])
-                if dispatch == "all_to_all":
+                if dispatch != "all_reduce":
                     torch.distributed.all_reduce(expected)
                 assert window[0].tolist() == expected.tolist()
 
@@ -104,7 +108,11 @@ def test_a_layer_may_be_given_the_mask_itself(choice: Any) -> None:
     with fake_process_group(world_size=2):
         experts = MaskedExperts(8, 16, 4)
         with torch_eplb.wrap(experts, dispatch="external", replica_choice=choice) as balancer:
-            x, ids, weights = torch.zeros(4, 16), torch.arange(8).view(4, 2), torch.ones(4, 2)
+            x, ids, weights = (
+                torch.zeros(4, 16),
+                torch.arange(8).view(4, 2),
+                torch.ones(4, 2),
+            )
             mask = torch.tensor([True, False, True, True])
             experts(x, ids, weights, mask)
             experts(x, ids, weights, is_token=mask)
@@ -123,7 +131,11 @@ def test_a_compiled_model_counts_by_its_mask(choice: Any) -> None:
         experts = MaskedExperts(8, 16, 4)
         with torch_eplb.wrap(experts, dispatch="external", replica_choice=choice) as balancer:
             run = torch.compile(balancer, backend="aot_eager", fullgraph=True)
-            x, ids, weights = torch.zeros(4, 16), torch.arange(8).view(4, 2), torch.ones(4, 2)
+            x, ids, weights = (
+                torch.zeros(4, 16),
+                torch.arange(8).view(4, 2),
+                torch.ones(4, 2),
+            )
             with torch.no_grad():
                 for step in range(4):
                     mask = torch.arange(4) == step
@@ -134,7 +146,10 @@ def test_a_compiled_model_counts_by_its_mask(choice: Any) -> None:
 
 
 def test_a_mask_that_does_not_fit_is_refused() -> None:
-    with fake_process_group(world_size=2), torch_eplb.wrap(MoELayer(8, 16, 8, 2)) as balancer:
+    with (
+        fake_process_group(world_size=2),
+        torch_eplb.wrap(MoELayer(8, 16, 8, 2)) as balancer,
+    ):
         with pytest.raises(ValueError, match=r"layer experts: .* \(3, 2\) has 6 .* 5 tokens"):
             with balancer.tokens(torch.ones(3, 2, dtype=torch.bool)):
                 balancer(torch.zeros(5, 16))
@@ -167,14 +182,15 @@ def recomputed(rank: int, world_size: int, reentrant: bool, whole: bool, folder:
             record_path=trace,
         )
         for step in range(4):
-            x = skewed_batch(10, 16, 10 * step + (rank if dispatch == "all_to_all" else 0))
+            x = skewed_batch(10, 16, 10 * step + (0 if dispatch == "all_reduce" else rank))
             x.requires_grad_()
             out = checkpoint(balancer, x, use_reentrant=reentrant) if whole else balancer(x)
             out.square().sum().backward()
             assert balancer.stats().step == step + 1
         hits, sent = balancer.load()
-        assert hits.sum(axis=1).tolist() == [4 * 20] * 2
-        assert sent.sum(axis=1).tolist() == [4 * 20] * 2
+        seen = world_size if dispatch == "all_gather" else 1  # ranks whose tokens it counts
+        assert hits.sum(axis=1).tolist() == [4 * 20 * seen] * 2
+        assert sent.sum(axis=1).tolist() == [4 * 20 * seen] * 2
         assert all(p.grad is not None for p in model.parameters())
         balancer.close()
         if rank == 0:

@@ -12,6 +12,7 @@ from support.models import QUICK, Experts, MoELayer, ToyModel, skewed_batch
 from support.ranks import run_ranks
 
 import torch_eplb
+from torch_eplb.testing import fake_process_group
 
 
 def run_some_rebalances(
@@ -38,10 +39,12 @@ def run_some_rebalances(
     balancer.close()
 
 
-@pytest.mark.parametrize("dispatch", ["all_to_all", "all_reduce"])
+@pytest.mark.parametrize("dispatch", ["all_to_all", "all_gather", "all_reduce"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_uneven_batches_and_ranks_without_tokens_are_served(dispatch: str, dtype: str) -> None:
-    options = {"dispatch": dispatch, "num_redundant_experts": 1}
+    options: dict[str, Any] = {"dispatch": dispatch, "num_redundant_experts": 1}
+    if dispatch == "all_gather" and dtype == "bfloat16":
+        options["max_tokens_per_rank"] = 21  # sizes are not agreed on
     run_ranks(run_some_rebalances, 3, options, dtype, True)
 
 
@@ -51,6 +54,7 @@ def test_uneven_batches_and_ranks_without_tokens_are_served(dispatch: str, dtype
         ("all_to_all", "local"),
         ("all_to_all", "table"),
         ("all_to_all", "even"),
+        ("all_gather", "table"),
         ("all_reduce", "table"),
         ("all_reduce", "even"),
     ],
@@ -99,9 +103,9 @@ def backward(rank: int, world_size: int, dispatch: str) -> None:
             torch.testing.assert_close(total, parameter.grad, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("dispatch", ["all_to_all", "all_reduce"])
+@pytest.mark.parametrize("dispatch", ["all_to_all", "all_gather", "all_reduce"])
 def test_gradients_flow_through_dispatch_and_combine(dispatch: str) -> None:
-    run_ranks(backward, 3 if dispatch == "all_to_all" else 2, dispatch)
+    run_ranks(backward, 2 if dispatch == "all_reduce" else 3, dispatch)
 
 
 class ExternalExperts(Experts):
@@ -110,7 +114,10 @@ class ExternalExperts(Experts):
     seen: torch.Tensor
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
         self.seen = top_k_index
         return hidden_states
@@ -153,7 +160,9 @@ def external(rank: int, world_size: int, sharded: bool) -> None:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_an_external_layer_gets_physical_ids_that_match_the_weights(sharded: bool) -> None:
+def test_an_external_layer_gets_physical_ids_that_match_the_weights(
+    sharded: bool,
+) -> None:
     run_ranks(external, 2, sharded)
 
 
@@ -187,3 +196,13 @@ def test_an_exception_in_the_forward_reaches_the_user_and_the_clock_goes_on(
     everywhere: bool,
 ) -> None:
     run_ranks(exception_in_forward, 2, everywhere)
+
+
+def test_all_gather_refuses_more_tokens_than_it_was_told() -> None:
+    x = torch.ones(9, 16)
+    options: dict[str, Any] = {"dispatch": "all_gather", "policy": "static"}
+    with fake_process_group(world_size=2), torch.no_grad():
+        with torch_eplb.wrap(ToyModel(), max_tokens_per_rank=8, **options) as balancer:
+            with pytest.raises(ValueError, match=r"9 tokens, and max_tokens_per_rank=8: pass more"):
+                balancer(x)
+            assert balancer(x[:8]).shape == (8, 16)

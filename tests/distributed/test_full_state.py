@@ -84,6 +84,18 @@ def rank_0_only(rank: int, world_size: int) -> tuple[int, int]:
         return memory.peak, sum(t.nbytes for t in expert_tensors.values())
 
 
+def test_experts_with_two_names_are_gathered_once_and_stay_one_tensor() -> None:
+    model = ToyModel()
+    model.layers[1].experts = model.layers[0].experts
+    with fake_process_group(world_size=2):
+        balancer = torch_eplb.wrap(model, policy="static")
+        state = balancer.state_dict()
+        shared = [state[f"layers.{layer}.experts.down_proj"] for layer in (0, 1)]
+        assert shared[0].shape == (8, 16, 8)
+        assert shared[0] is shared[1]
+        balancer.close()
+
+
 def test_saving_on_rank_0_needs_the_result_there_and_one_expert_elsewhere() -> None:
     (peak, result), *others = run_ranks(rank_0_only, 3)
     assert result <= peak <= result + EXPERT_BYTES
@@ -205,7 +217,11 @@ def refused(rank: int, world_size: int) -> None:
     fails({k: v for k, v in new.items() if k != key} | {"other": new[key]}, key, "'other'")
     fails(dict(model.state_dict()), key, "(5, 16, 8) (this rank's slots", "(8, 16, 8)")
     # One rank's mistake is every rank's error, and names the rank.
-    fails({**new, **({key: new[key][:7]} if rank == 1 else {})}, "rank 1: size mismatch", "(7, 16,")
+    fails(
+        {**new, **({key: new[key][:7]} if rank == 1 else {})},
+        "rank 1: size mismatch",
+        "(7, 16,",
+    )
     # Without strict, what is there is loaded and the rest is told.
     keys = balancer.load_state_dict({key: new[key], "other": new[key]}, strict=False)
     assert set(keys.missing_keys) == set(reference) - {key}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch_eplb.testing import fake_process_group
 
 CHOICES = {
     "all_to_all": ("batch", "local", "table"),
+    "all_gather": ("batch", "table"),
     "all_reduce": ("batch", "even"),
 }
 
@@ -24,7 +26,10 @@ class Masked(Experts):
     """Computes padding as nobody does: an id of -1 is skipped."""
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
         kept = top_k_index >= 0
         return super().forward(
@@ -69,13 +74,17 @@ def serve(rank: int, world_size: int, dispatch: str, num_experts: int, dtype_nam
     for choice in CHOICES[dispatch]:
         model = Model(num_experts, dtype)
         reference = copy.deepcopy(model)
-        options: dict[str, Any] = {**QUICK, "dispatch": dispatch, "replica_choice": choice}
+        options: dict[str, Any] = {
+            **QUICK,
+            "dispatch": dispatch,
+            "replica_choice": choice,
+        }
         options["staging_bytes"] = "1MiB"
         with torch_eplb.wrap(model, **options) as balancer, torch.no_grad():
             step = counted = 0
             while balancer.stats().rebalances < 2:
                 step += 1
-                seed = 10 * step + (rank if dispatch == "all_to_all" else 0)
+                seed = 10 * step + (0 if dispatch == "all_reduce" else rank)
                 x = skewed_batch(10, 16, seed)
                 kept = None
                 if dtype.is_signed:
@@ -87,13 +96,24 @@ def serve(rank: int, world_size: int, dispatch: str, num_experts: int, dtype_nam
                     balancer(x, kept), reference(x, kept), atol=1e-5, rtol=1e-4
                 )
                 counted += 20 if kept is None else int(kept.sum())
+            if dispatch == "all_gather":  # every rank counts what it sees
+                total = torch.tensor(counted)
+                torch.distributed.all_reduce(total)
+                counted = int(total)
             hits, sent = balancer.load()
             assert hits.sum(axis=1).tolist() == [counted] * 2
             assert sent.sum(axis=1).tolist() == [counted] * 2
 
 
-@pytest.mark.parametrize("dispatch", ["all_to_all", "all_reduce"])
-@pytest.mark.parametrize(("num_experts", "dtype"), [(8, "uint8"), (512, "int16"), (8, "int64")])
+@pytest.mark.parametrize(
+    ("dispatch", "num_experts", "dtype"),
+    [
+        *itertools.product(["all_to_all", "all_reduce"], [8], ["uint8", "int64"]),
+        *itertools.product(["all_to_all", "all_reduce"], [512], ["int16"]),
+        ("all_gather", 8, "uint8"),
+        ("all_gather", 512, "int16"),
+    ],
+)
 def test_narrow_ids_and_padding_are_served_while_experts_move(
     dispatch: str, num_experts: int, dtype: str
 ) -> None:
@@ -106,7 +126,10 @@ class Remembers(Experts):
     seen: torch.Tensor
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
         self.seen = top_k_index
         return hidden_states

@@ -17,7 +17,11 @@ import torch_eplb
 from torch_eplb.testing import fake_process_group
 
 HIDDEN = 16
-FAMILIES = {"GptOss": "gpt_oss", "NemotronH": "nemotron_h", "LongcatFlash": "longcat_flash"}
+FAMILIES = {
+    "GptOss": "gpt_oss",
+    "NemotronH": "nemotron_h",
+    "LongcatFlash": "longcat_flash",
+}
 
 
 def code_of(name: str) -> str:
@@ -55,7 +59,10 @@ class Standing(Experts):
     """Returns ``[N, 1, H]``, as a product of matrices in batches does."""
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
         return super().forward(hidden_states, top_k_index, top_k_weights).unsqueeze(1)
 
@@ -92,11 +99,15 @@ class Kinds(nn.Module):
 
 
 def all_kinds(rank: int, world_size: int) -> None:
-    for dispatch in ("all_to_all", "all_reduce"):
+    for dispatch in ("all_to_all", "all_gather", "all_reduce"):
         torch.manual_seed(0)
         model = Kinds()
         reference = copy.deepcopy(model)
-        options: Any = {**QUICK, "dispatch": dispatch, "allow_training_with_moves": True}
+        options: Any = {
+            **QUICK,
+            "dispatch": dispatch,
+            "allow_training_with_moves": True,
+        }
         balancer = torch_eplb.wrap(model, **options)
         step = 0
         while balancer.stats().rebalances < 4:
@@ -105,7 +116,7 @@ def all_kinds(rank: int, world_size: int) -> None:
             implementation = ("grouped_mm", "eager", "batched_mm", "eager")[step % 4]
             for each in (model, reference):
                 each.gpt_oss.config._experts_implementation = implementation
-            x = skewed_batch(6, HIDDEN, 10 * step + (rank if dispatch == "all_to_all" else 0))
+            x = skewed_batch(6, HIDDEN, 10 * step + (0 if dispatch == "all_reduce" else rank))
             x.requires_grad_(step % 5 == 0)
             with torch.set_grad_enabled(x.requires_grad):
                 actual, expected = balancer(x), reference(x)
@@ -116,7 +127,7 @@ def all_kinds(rank: int, world_size: int) -> None:
                 torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
         hits, sent = (counts.sum(axis=1) for counts in balancer.load())
         assert (hits == sent).all()
-        choices = 6 * 3 * step
+        choices = 6 * 3 * step * (world_size if dispatch == "all_gather" else 1)
         # The first is gpt-oss's; LongCat's other choices are zero-compute experts.
         assert [*hits[:1], *hits[2:]] == [choices, choices, choices, 2 * choices]
         assert 0 < hits[1] < choices
@@ -141,7 +152,10 @@ class Remembers(nn.Module):
         self.seen = torch.empty(0)
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
         self.seen = top_k_index
         return hidden_states

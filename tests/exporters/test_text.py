@@ -25,6 +25,7 @@ expected by the last plan  1.010  1.020 (layer 1)
 
 rebalances           3, the last 75 s ago
 experts moved        21 in 7 rounds
+active experts       3.5 on the rank with most, mean over layers' calls
 this rank's traffic  3.00 MiB sent, 2.00 MiB received
 staging              512 KiB used at most of 1.00 MiB
 time                 0.25 s planning beside the model, 1.50 s at step boundaries (0.50 s moving)
@@ -51,7 +52,10 @@ def test_troubles_stand_at_the_top() -> None:
         STATS, stalled="moving experts for 1000 steps", disabled="lost rank 2"
     )
     lines = report(ill, Running().placement).splitlines()
-    assert lines[2:4] == ["STALLED: moving experts for 1000 steps", "OFF FOR GOOD: lost rank 2"]
+    assert lines[2:4] == [
+        "STALLED: moving experts for 1000 steps",
+        "OFF FOR GOOD: lost rank 2",
+    ]
 
 
 def test_of_many_layers_the_worst_are_shown_and_lines_are_short() -> None:

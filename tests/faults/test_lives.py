@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from support.forks import in_fork
 from support.models import QUICK, ToyModel, skewed_batch
 from support.ranks import run_ranks
 from support.resources import levels
+from torch.utils.checkpoint import checkpoint
 
 import torch_eplb
 
@@ -38,7 +40,10 @@ def forked(rank: int, world_size: int, dispatch: str) -> int:
             balancer.unwrap,
         ]
         if balancer.engine.is_open:
-            uses += [balancer.step, lambda: balancer.load_state_dict(reference.state_dict())]
+            uses += [
+                balancer.step,
+                lambda: balancer.load_state_dict(reference.state_dict()),
+            ]
         for refused in uses:
             with pytest.raises(torch_eplb.EPLBError, match=r"was forked from .* unwrap"):
                 refused()
@@ -124,6 +129,29 @@ def drop(rank: int, world_size: int, times: int) -> tuple[dict[str, int], dict[s
         if number == times // 2:  # allocators have grown to what they need
             before = settled(None)
     return before, settled(before)
+
+
+def dropped_after_recomputation(rank: int, world_size: int) -> list[bool]:
+    """Whether models are gone whose last forwards were made inside a checkpoint."""
+    gone = []
+    for steps in range(7, 12):  # some end with an agreement of the ranks under way
+        balancer = torch_eplb.wrap(ToyModel(1), **{**QUICK, "policy": "random"})
+        for parameter in balancer.expert_parameters():
+            parameter.requires_grad_(False)
+        for step in range(steps):
+            x = skewed_batch(6, 16, step + rank).requires_grad_()
+            checkpoint(balancer, x, use_reentrant=False).sum().backward()
+        dist.barrier()
+        left = weakref.ref(balancer)
+        del balancer, parameter
+        gc.collect()
+        gone.append(left() is None)
+    return gone
+
+
+def test_a_model_that_was_recomputed_as_a_whole_can_be_dropped() -> None:
+    for gone in run_ranks(dropped_after_recomputation, 2):
+        assert all(gone), gone
 
 
 def settled(like: dict[str, int] | None) -> dict[str, int]:

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torch_eplb.routing import choose_locally, count_hits
 from torch_eplb.routing.tables import CHOICE_LENGTH, RoutingTables, spread
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Topology
@@ -161,7 +162,11 @@ def test_a_placement_of_another_shape_is_refused() -> None:
         tables.update(random_placement(1, 3, 8, 4, 3))
 
 
-@given(seed=st.integers(0, 1000), ranks=st.sampled_from([2, 3, 4, 8]), slots=st.integers(3, 6))
+@given(
+    seed=st.integers(0, 1000),
+    ranks=st.sampled_from([2, 3, 4, 8]),
+    slots=st.integers(3, 6),
+)
 @settings(max_examples=40, deadline=None)
 def test_choice_tables_follow_the_shares(seed: int, ranks: int, slots: int) -> None:
     experts = ranks * slots - ranks
@@ -182,7 +187,12 @@ def test_a_share_of_zero_everywhere_falls_back_to_even() -> None:
     placement = Placement(np.array([[[0, 1], [2, 0]]]), 3)
     tables = make(placement, "table", split=np.zeros((1, 2, 2)))
     assert tables.choice_LEP is not None
-    assert np.bincount(tables.choice_LEP[0, 0].numpy(), minlength=4).tolist() == [60, 0, 0, 60]
+    assert np.bincount(tables.choice_LEP[0, 0].numpy(), minlength=4).tolist() == [
+        60,
+        0,
+        0,
+        60,
+    ]
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 4])
@@ -236,3 +246,41 @@ def test_every_stretch_of_a_spread_is_near_the_shares(weights: list[int], length
         assert abs(seen[-1] - share * length) < 1
         # Largest remainder moves the total by less than 1, spacing a prefix by at most M.
         assert np.abs(seen - share * np.arange(1, length + 1)).max() <= 1 + len(weights)
+
+
+def test_few_tokens_meet_at_homes_that_all_ranks_know_and_that_are_level() -> None:
+    placement = random_placement(6, 2, 20, 8, 5)
+    homes = []
+    for rank in range(8):
+        tables = make(placement, "local", rank=rank, weight_tokens=50)
+        assert tables.home_LEM is not None
+        assert (tables.home_LEM.sum(2) == 1).all()
+        homes.append(tables.slots_LEM.gather(2, tables.home_LEM.argmax(2, keepdim=True))[..., 0])
+        ids = torch.arange(20).view(10, 2)
+        physical = choose_locally(
+            ids,
+            count_hits(ids, 20),
+            tables.slots_LEM[1],
+            8,
+            5,
+            tables.solver_LEM[1],
+            50,
+            tables.home_LEM[1],
+        )
+        assert torch.equal(physical.view(-1), homes[-1][1])
+    assert all(torch.equal(home, homes[0]) for home in homes)
+    per_rank = torch.stack([torch.bincount(row // 5, minlength=8) for row in homes[0]])
+    assert per_rank.max() == 3  # 20 experts on 8 ranks
+    many = torch.zeros(40, 1, dtype=torch.int64)
+    expert = int((tables.slots_LEM[0] >= 0).sum(1).argmax())
+    spread_out = choose_locally(
+        many + expert,
+        count_hits(many + expert, 20),
+        tables.slots_LEM[0],
+        8,
+        5,
+        tables.solver_LEM[0],
+        50,
+        tables.home_LEM[0],
+    )
+    assert len(spread_out.unique()) > 1

@@ -20,7 +20,10 @@ class FewKernelExperts(nn.Module):
         self.register_buffer("scale", torch.rand(EXPERTS) + 0.5)
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
         return compute(
             hidden_states,
@@ -35,7 +38,10 @@ class SentinelExperts(FewKernelExperts):
     """Skips choices of the id past its last expert; to be registered so."""
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
         # Their weight is 0 as well.
         return super().forward(
@@ -47,13 +53,20 @@ class ExternalExperts(FewKernelExperts):
     """Dispatches by itself: fetches all slots of all ranks, and computes by physical id."""
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
         gate_up, down, scale = (
             gather_slots(t.detach()) for t in (self.gate_up_proj, self.down_proj, self.scale)
         )
         return compute(
-            hidden_states, top_k_index, top_k_weights * scale[top_k_index], gate_up, down
+            hidden_states,
+            top_k_index,
+            top_k_weights * scale[top_k_index],
+            gate_up,
+            down,
         )
 
 
@@ -92,7 +105,10 @@ class FewKernelModel(nn.Module):
     """Residual MoE layers on rows ``[T, hidden]``."""
 
     def __init__(
-        self, experts: type[FewKernelExperts] = FewKernelExperts, layers: int = 2, seed: int = 0
+        self,
+        experts: type[FewKernelExperts] = FewKernelExperts,
+        layers: int = 2,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):

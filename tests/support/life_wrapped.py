@@ -31,6 +31,7 @@ from torch_eplb.policies.registry import POLICIES
 
 CHOICES = {
     "all_to_all": ["batch", "local", "table", "even"],
+    "all_gather": ["batch", "table", "even"],
     "all_reduce": ["batch", "table", "even"],
     "external": ["local", "table", "even"],
 }
@@ -107,9 +108,7 @@ class Wrapped:
             self.call = nn.parallel.DistributedDataParallel(inside, process_group=company.group)
         self.recomputes = ""
         if company.gradients != "none":
-            # Not "whole" without "reentrant": a model that is dropped after such a checkpoint is
-            # known to stay in memory, with its planner.
-            whole = [] if self.ddp else ["whole, reentrant"]
+            whole = [] if self.ddp else ["whole", "whole, reentrant"]
             self.recomputes = chance.choice(["", "layers", *whole])
         model.recomputes = self.recomputes == "layers"
         self.version = self.corrupted = 0
@@ -133,7 +132,9 @@ class Wrapped:
         # Elements of one expert of `Experts` of width 4, a float of scale included.
         expert_bytes = 4 * (8 * HIDDEN + 4 * HIDDEN + HIDDEN + 1)
         unit = expert_bytes * num_experts // 8
-        dispatch = chance.choice(["all_to_all", "all_to_all", "all_reduce", "external"])
+        dispatch = chance.choice(
+            ["all_to_all", "all_to_all", "all_gather", "all_reduce", "external"]
+        )
         bound = chance.choice([None, 1, 3])
         trains = self.company.gradients == "experts"
         policy = chance.choice([*sorted(POLICIES), "random", "random", "random"])
@@ -141,6 +142,8 @@ class Wrapped:
         return {
             "dispatch": dispatch,
             "replica_choice": chance.choice(CHOICES[dispatch]),
+            "max_tokens_per_rank": chance.choice([None, 256]) if dispatch == "all_gather" else None,
+            "cost": chance.choice([None, None, (30.0, 1.0)]),
             "num_redundant_experts": 0 if trains else redundant,
             "policy": "static" if trains else policy,
             "collect_interval": chance.randint(2, 6),
@@ -239,7 +242,8 @@ class Wrapped:
 
     def _may_idle(self, batch: Batch) -> bool:
         company = self.company
-        may = self.called and self.options["dispatch"] == "all_to_all" and not len(batch.x)
+        can = self.options["dispatch"] in ("all_to_all", "all_gather")
+        may = self.called and can and not len(batch.x)
         return may and company.gradients == "none" and company.own.random() < 0.5
 
     def _run_to_differentiate(self, batch: Batch) -> torch.Tensor:
@@ -289,6 +293,8 @@ class Wrapped:
             counted = ids.long() if batch.tokens is None else ids[batch.tokens].long()
             counted = counted[counted >= 0] if recorded else counted[:0]
             expected = torch.bincount(counted.reshape(-1), minlength=num_experts)
+            if self.options["dispatch"] == "all_gather":  # every rank counts what it sees
+                dist.all_reduce(expected, group=self.company.group)
             assert hits[layer].tolist() == expected.tolist(), "the load is not what was chosen"
             assert sent[layer].sum() == hits[layer].sum()
 
@@ -332,7 +338,10 @@ class Wrapped:
         self.company.count("weights saved")
 
     def _let_transfers_be_corrupted(self) -> None:
-        exchange, migration = self.balancer.engine.exchange, self.balancer.engine._migration
+        exchange, migration = (
+            self.balancer.engine.exchange,
+            self.balancer.engine._migration,
+        )
         verified: Callable[[], bool] = exchange.verified
 
         def damaged() -> bool:

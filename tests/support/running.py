@@ -28,6 +28,7 @@ STATS = Stats(
     bytes_received=2 * 2**20,
     token_rows_sent=4096,
     token_bytes_sent=2**23,
+    active_experts=3.5,
     staging_bytes=2**20,
     staging_bytes_peak=2**19,
     plan_seconds=0.25,

@@ -1,7 +1,7 @@
 """A program for an environment in which torch_eplb is installed: is all of it there, does it run?
 
-It is given the repository's folder, whose sources must not be what runs. (tox may well have made the
-environment inside that folder.)
+It is given the repository's folder, whose sources must not be what runs. (tox may well have made
+the environment inside that folder.)
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ class Experts(nn.Module):
         self.up = nn.Parameter(torch.randn(8, 16, 16) / 4)
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
         out = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):

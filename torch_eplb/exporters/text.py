@@ -41,7 +41,14 @@ def report(stats: Stats, placement: Placement, load: Load | None = None) -> str:
     )
     lines = [head, f"step {stats.step:,}: {stats.stage}"]
     lines += [f"{name} {reason}" for name, reason in _troubles(stats)]
-    lines += ["", *_balance(stats), "", *_totals(stats), "", *_layers(stats, placement, load)]
+    lines += [
+        "",
+        *_balance(stats),
+        "",
+        *_totals(stats),
+        "",
+        *_layers(stats, placement, load),
+    ]
     return "\n".join(lines)
 
 
@@ -96,6 +103,9 @@ def _totals(stats: Stats) -> list[str]:
         ("faults", f"plans failed: {stats.plans_failed}, planner restarts: "
          f"{stats.planner_restarts}, rebalances abandoned: {stats.rebalances_abandoned}"),
     ]  # fmt: skip
+    if stats.active_experts is not None:
+        active = f"{stats.active_experts:.1f} on the rank with most, mean over layers' calls"
+        rows.insert(2, ("active experts", active))
     return _columns(rows, left=2)
 
 

@@ -47,19 +47,13 @@ class AllReduce(ComputesChoices[_Trip]):
     """
 
     _top_k = 0  # of the last eager call
+    _many = _MANY
 
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self._begin()
-        ids = self.layer.arguments.get(self.layer.spec.expert_ids, args, kwargs)
-        if torch.compiler.is_compiling():
-            return self._mark_foreign(args, kwargs)
-        self._top_k = ids.shape[-1]
-        is_worth_it = self._top_k > 1 and ids.numel() >= _MANY
-        if is_worth_it and not capturing(ids.device):
-            return self._pick_local(args, kwargs)
-        return self._mark_foreign(args, kwargs)
+        return self._localise(args, kwargs)
 
     def after(
         self,
@@ -68,12 +62,39 @@ class AllReduce(ComputesChoices[_Trip]):
         kwargs: dict[str, Any],
         output: torch.Tensor,
     ) -> torch.Tensor:
+        return self._finish(args, kwargs, output)
+
+    def _share(self, value: torch.Tensor) -> torch.Tensor:
+        """What all ranks hold, for what each does with it."""
+        return share_input(value, self.context.comm)
+
+    def _sum(self, partial: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' results."""
+        return sum_output(partial, self.context.comm)
+
+    def _localise(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The module's arguments for what this rank computes of everybody's tokens."""
+        ids = self.layer.arguments.get(self.layer.spec.expert_ids, args, kwargs)
+        if torch.compiler.is_compiling():
+            return self._mark_foreign(args, kwargs)
+        self._top_k = ids.shape[-1]
+        is_worth_it = self._top_k > 1 and ids.numel() >= self._many
+        if is_worth_it and not capturing(ids.device):
+            return self._pick_local(args, kwargs)
+        return self._mark_foreign(args, kwargs)
+
+    def _finish(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
+    ) -> torch.Tensor:
+        """The layer's result, of all ranks' outputs."""
         ids = self.layer.arguments.get(self.layer.spec.expert_ids, args, kwargs)
         if self._top_k > 1 and ids.shape[-1] == 1:  # one row per choice
             return self._sum_local(args, kwargs, output)
         if not torch.compiler.is_compiling():
             self.context.position.exchanged()
-        return sum_output(output, self.context.comm)
+        return self._sum(output)
 
     def _local(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], ids_TK: torch.Tensor
@@ -88,12 +109,12 @@ class AllReduce(ComputesChoices[_Trip]):
     def _mark_foreign(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        comm, num_slots = self.context.comm, self.context.tables.num_slots
+        num_slots = self.context.tables.num_slots
         spec, arguments = self.layer.spec, self.layer.arguments
         ids = arguments.get(spec.expert_ids, args, kwargs)
         local = self._local(args, kwargs, ids.flatten(0, -2)).view(ids.shape)
-        weights = share_input(arguments.get(spec.expert_weights, args, kwargs), comm)
-        hidden = share_input(arguments.get(spec.hidden_states, args, kwargs), comm)
+        weights = self._share(arguments.get(spec.expert_weights, args, kwargs))
+        hidden = self._share(arguments.get(spec.hidden_states, args, kwargs))
         return self._replace(
             args,
             kwargs,
@@ -106,17 +127,19 @@ class AllReduce(ComputesChoices[_Trip]):
     def _pick_local(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        comm = self.context.comm
         hidden_TH, router_ids, weights_TK = self._read(args, kwargs)
         with torch.no_grad():
             local_TK = self._local(args, kwargs, router_ids)
             found = arrivals(local_TK, self.context.tables.num_slots)
-        rows_CH = share_input(hidden_TH, comm).index_select(0, found.row_C)
-        weights_C = share_input(weights_TK, comm).reshape(-1).index_select(0, found.flat_C)
+        rows_CH = self._share(hidden_TH).index_select(0, found.row_C)
+        weights_C = self._share(weights_TK).reshape(-1).index_select(0, found.flat_C)
         bags = Bags(found.by_row_C, found.begin_Q, found.row_C)
         identity = self._identity(hidden_TH, router_ids, weights_TK)
-        trip = _Trip(bags, weights_C, self._hidden_states(args, kwargs).shape, identity)
+        trip = _Trip(bags, weights_C, self._result_shape(args, kwargs), identity)
         return self._enter(args, kwargs, rows_CH, found.slots_C, trip)
+
+    def _result_shape(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Size:
+        return self._hidden_states(args, kwargs).shape
 
     @outside_graphs
     def _sum_local(
@@ -126,7 +149,7 @@ class AllReduce(ComputesChoices[_Trip]):
         results_CH = without_padding(output, len(trip.weights_C))
         summed = weighted_sum(results_CH, trip.weights_C, trip.bags)
         self.context.position.exchanged()
-        return shaped(sum_output(summed, self.context.comm), trip.identity, trip.shape, output)
+        return shaped(self._sum(summed), trip.identity, trip.shape, output)
 
 
 class CompactAllReduce(AllReduce):
@@ -135,20 +158,16 @@ class CompactAllReduce(AllReduce):
     Their number depends on the data, so it must reach the host, and graphs break here.
     """
 
-    @outside_graphs
-    def before(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    before = outside_graphs(AllReduce.before)
+    after = outside_graphs(AllReduce.after)
+
+    def _localise(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self._begin()
         return self._pick_local(args, kwargs)
 
-    @outside_graphs
-    def after(
-        self,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: torch.Tensor,
+    def _finish(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
     ) -> torch.Tensor:
         return self._sum_local(args, kwargs, output)
 
@@ -156,11 +175,14 @@ class CompactAllReduce(AllReduce):
 class AskingAllReduce(CompactAllReduce):
     """The same for modules that may change their mind: asked at each call whether they know it."""
 
+    @property
+    def _kind(self) -> type[AllReduce]:
+        return AllReduce if self.layer.skips_sentinel else CompactAllReduce
+
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        kind = AllReduce if self.layer.skips_sentinel else CompactAllReduce
-        return kind.before(self, module, args, kwargs)
+        return self._kind.before(self, module, args, kwargs)
 
     def after(
         self,
@@ -169,5 +191,14 @@ class AskingAllReduce(CompactAllReduce):
         kwargs: dict[str, Any],
         output: torch.Tensor,
     ) -> torch.Tensor:
-        kind = AllReduce if self.layer.skips_sentinel else CompactAllReduce
-        return kind.after(self, module, args, kwargs, output)
+        return self._kind.after(self, module, args, kwargs, output)
+
+    def _localise(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return self._kind._localise(self, args, kwargs)
+
+    def _finish(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
+    ) -> torch.Tensor:
+        return self._kind._finish(self, args, kwargs, output)

@@ -15,7 +15,14 @@ from torch_eplb.layers.context import LayerContext
 from torch_eplb.layers.experts import ExpertLayer
 from torch_eplb.layers.graphs import outside_graphs
 from torch_eplb.layers.journey import Journey
-from torch_eplb.routing import count_hits, departures, divide, meet, plan_dispatch, to_device
+from torch_eplb.routing import (
+    count_hits,
+    departures,
+    divide,
+    meet,
+    plan_dispatch,
+    to_device,
+)
 from torch_eplb.values.errors import EPLBError
 
 __all__ = ["AllToAll"]
@@ -98,7 +105,11 @@ class AllToAll(ComputesChoices[_Trip]):
         Raises:
             EPLBError: ranks are not in the same layer of the same step.
         """
-        context, comm, num_slots = self.context, self.context.comm, self.context.tables.num_slots
+        context, comm, num_slots = (
+            self.context,
+            self.context.comm,
+            self.context.tables.num_slots,
+        )
         if context.tables.replica_choice == "batch":
             physical_TK, num_choices = self._choose_together(ids_TK, counted_T)
             met_RT = meet(physical_TK, comm.num_ranks, num_slots)
@@ -128,7 +139,7 @@ class AllToAll(ComputesChoices[_Trip]):
         position = context.position.enter(self.index)
         counts = all_gather_counts(pad(hits_E, (0, 1), value=position), comm).cpu()
         context.position.compare(counts[:, -1].tolist())
-        order_N, send_RS, receive_RS = plan_dispatch(
+        order_N, send_RS, receive_RS, most_active = plan_dispatch(
             ids_TK,
             counts[:, :-1],
             comm.rank,
@@ -136,7 +147,9 @@ class AllToAll(ComputesChoices[_Trip]):
             comm.num_ranks,
             tables.num_slots,
             tables.topology.ranks_per_node,
+            tables.weight_tokens,
         )
+        context.traffic.add_active(most_active)
         physical_TK = self._in_place(order_N, send_RS, ids_TK)
         if counted_T is None:
             self._count(hits_E, to_device(send_RS.sum(1), ids_TK.device))

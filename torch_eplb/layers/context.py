@@ -78,16 +78,29 @@ class TokenMask:
 class Traffic:
     """Rows of tokens that this rank has sent to other ranks in its forwards, and their bytes.
 
-    A token on its way to a rank's experts is a row, and so is its result on the way back.
+    A token on its way to a rank's experts is a row, and so is its result on the way back. Where a
+    rank knows the batch of all ranks, also how many experts were active on the busiest rank.
     """
 
     rows: int = 0
     nbytes: int = 0
+    calls: int = 0
+    most_active: int = 0
 
     def add(self, rows: int, nbytes: int) -> None:
         """One layer's call."""
         self.rows += rows
         self.nbytes += nbytes
+
+    def add_active(self, most: int) -> None:
+        """One layer's call, and the most experts with tokens on a rank; none without tokens."""
+        self.calls += most > 0
+        self.most_active += most
+
+    @property
+    def mean_active(self) -> float | None:
+        """The most experts with tokens on a rank, mean over the layers' calls."""
+        return self.most_active / self.calls if self.calls else None
 
 
 @dataclass(frozen=True)
@@ -103,6 +116,7 @@ class LayerContext:
         tokens: which rows are counted.
         traffic: what was sent to other ranks.
         experts: who shall compute experts.
+        max_tokens_per_rank: for all-gather, or None.
     """
 
     comm: Communicator
@@ -113,6 +127,7 @@ class LayerContext:
     tokens: TokenMask = field(default_factory=TokenMask)
     traffic: Traffic = field(default_factory=Traffic)
     experts: ExpertsName = "auto"
+    max_tokens_per_rank: int | None = None
 
 
 class Trips(Generic[_Trip]):

@@ -14,8 +14,10 @@ One class per way, all with the same two hooks. A worked example of `AllToAll` w
 
 from __future__ import annotations
 
+from torch_eplb.layers.all_gather import AllGather, AskingAllGather, CompactAllGather
 from torch_eplb.layers.all_reduce import AllReduce, AskingAllReduce, CompactAllReduce
 from torch_eplb.layers.all_to_all import AllToAll
+from torch_eplb.layers.collectives import register
 from torch_eplb.layers.context import LayerContext
 from torch_eplb.layers.experts import ExpertLayer
 from torch_eplb.layers.external import External
@@ -29,15 +31,18 @@ def make_dispatch(
     layer: ExpertLayer, index: int, context: LayerContext, kind: DispatchKind
 ) -> Dispatch:
     """Install the hooks of one layer."""
+    register(context.comm)
     if kind.communicates:
         layer.compute_locally(context.tables.num_slots)
     return _classes(layer)[kind.name](layer, index, context)
 
 
 def _classes(layer: ExpertLayer) -> dict[DispatchName, type[Dispatch]]:
-    by_sentinel = {True: AllReduce, False: CompactAllReduce, None: AskingAllReduce}
+    reducing = {True: AllReduce, False: CompactAllReduce, None: AskingAllReduce}
+    gathering = {True: AllGather, False: CompactAllGather, None: AskingAllGather}
     return {
         "all_to_all": AllToAll,
-        "all_reduce": by_sentinel[layer.spec.skips_sentinel],
+        "all_reduce": reducing[layer.spec.skips_sentinel],
+        "all_gather": gathering[layer.spec.skips_sentinel],
         "external": External,
     }

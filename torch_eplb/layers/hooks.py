@@ -91,7 +91,11 @@ class Dispatch(BoundToRanks):
         raise NotImplementedError
 
     def after(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
     ) -> Any:
         raise NotImplementedError
 
@@ -149,7 +153,10 @@ class Dispatch(BoundToRanks):
         return logical_ids(ids_TK, layer.num_experts, layer.num_zero_experts, layer.name)
 
     def _identity(
-        self, hidden_TH: torch.Tensor, router_ids: torch.Tensor, weights_TK: torch.Tensor
+        self,
+        hidden_TH: torch.Tensor,
+        router_ids: torch.Tensor,
+        weights_TK: torch.Tensor,
     ) -> torch.Tensor | None:
         """``[T, H]``: what zero-compute experts add to the output, at home; None without them."""
         layer = self.layer
@@ -185,6 +192,8 @@ class Dispatch(BoundToRanks):
                 num_ranks,
                 tables.num_slots,
                 tables.solver_LEM[self.index],
+                tables.weight_tokens,
+                None if tables.home_LEM is None else tables.home_LEM[self.index],
             )
         ranks_TK = divide(physical_TK, tables.num_slots)
         if counted_T is None:

@@ -11,13 +11,13 @@ the other), C choices computed here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from torch_eplb.comm.communicator import Communicator
+from torch_eplb.layers.parcel import Parcel
 from torch_eplb.layers.sums import Bags, add_up, weigh_back
 from torch_eplb.routing import Arrivals, Departures, arrivals
 
@@ -79,7 +79,7 @@ class Journey:
     def there(
         self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        parcel = _Parcel.of(hidden_TH, weights_TK, with_slots=True)
+        parcel = Parcel.of(hidden_TH, weights_TK, integers=weights_TK.shape[1])
         buffer = parcel.empty(self._rows.tokens_Q)
         hidden_QH, weights_QK, slots_QK = parcel.open(buffer)
         torch.index_select(hidden_TH, 0, self._rows.tokens_Q, out=hidden_QH)
@@ -107,7 +107,7 @@ class Journey:
         num_rows, top_k = sum(self._sizes[1]), row_TK.shape[1]
         grad_QK = grad_C.new_zeros(num_rows * top_k)
         grad_QK[found.flat_C] = grad_C
-        parcel = _Parcel.of(grad_CH, grad_QK.view(num_rows, top_k), with_slots=False)
+        parcel = Parcel.of(grad_CH, grad_QK.view(num_rows, top_k))
         buffer = parcel.empty(grad_QK[:num_rows])
         hidden_QH, weights_QK, _ = parcel.open(buffer)
         hidden_QH.copy_(add_up(grad_CH, self._bags))
@@ -140,43 +140,6 @@ class Journey:
     def num_rows(self) -> int:
         """Rows that this rank sends to others, there and back."""
         return sum(sum(sizes) - sizes[self._comm.rank] for sizes in self._sizes)
-
-
-@dataclass(frozen=True)
-class _Parcel:
-    """Hidden states, weights and slots of a row, one after the other in bytes.
-
-    Attributes:
-        fields: dtype and entries of each.
-    """
-
-    fields: tuple[tuple[torch.dtype, int], ...]
-
-    @classmethod
-    def of(cls, hidden: torch.Tensor, weights: torch.Tensor, *, with_slots: bool) -> _Parcel:
-        top_k = weights.shape[1]
-        slots = ((torch.int32, top_k if with_slots else 0),)
-        return cls(((hidden.dtype, hidden.shape[1]), (weights.dtype, top_k), *slots))
-
-    def _ends(self) -> list[int]:
-        """Where each field ends; the next begins at a multiple of eight bytes."""
-        ends, position = [], 0
-        for dtype, entries in self.fields:
-            position = -(-position // 8) * 8 + entries * dtype.itemsize
-            ends.append(position)
-        return ends
-
-    def empty(self, like: torch.Tensor) -> torch.Tensor:
-        """Bytes of as many rows as ``like`` has, uninitialised."""
-        width = -(-self._ends()[-1] // 8) * 8
-        return like.new_empty((len(like), width), dtype=torch.uint8)
-
-    def open(self, buffer: torch.Tensor) -> list[torch.Tensor]:
-        """The fields of all rows, as views ``[rows, entries]``."""
-        return [
-            buffer[:, end - entries * dtype.itemsize : end].view(dtype)
-            for (dtype, entries), end in zip(self.fields, self._ends(), strict=True)
-        ]
 
 
 class _Send(torch.autograd.Function):

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from torch_eplb.policies.active import least_active
 from torch_eplb.policies.deepseek import groups_on_nodes, node_bound, place
 from torch_eplb.policies.improve import Rules, improve, par
 from torch_eplb.values.placement import Placement
@@ -45,15 +46,24 @@ class Knobs:
         max_moves: most slots changed per layer and rebalance; None for no bound.
         plan_seconds: a search that takes longer answers the best that it has found; None for no
             bound. What is then left undone is left to the next rebalance, worst layers first.
+        weight_tokens: tokens that take as long as an expert's weights, where batches are split by
+            what they cost; see `worked`.
+        sample_steps: steps that a sample sums up.
     """
 
     min_gain: float = 0.0003
     target_par: float = 1.005
     max_moves: int | None = None
     plan_seconds: float | None = None
+    weight_tokens: int = 0
+    sample_steps: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("min_gain", 0.0), ("target_par", 1.0), ("plan_seconds", 0.0)):
+        for name, least in (
+            ("min_gain", 0.0),
+            ("target_par", 1.0),
+            ("plan_seconds", 0.0),
+        ):
             value = getattr(self, name)
             if value is None and name == "plan_seconds":
                 continue
@@ -89,6 +99,9 @@ scatter as independent tokens do; in parts of that where they scatter more, or l
 _LITTLE = 0.001
 """Added to the standard error: smaller gains are not worth a plan."""
 
+_LOOKED_AT = 8
+"""Samples in which whole experts are counted."""
+
 _UNLIKE = 0.25
 """Nothing is doubted where samples scatter this much less, or as many times more."""
 
@@ -113,7 +126,15 @@ def plan(
     """
     task = _Task(load, replica_choice, knobs, current, topology)
     if not node_bound(current, topology):
-        return Placement(task.improve(current.experts)[0], current.num_experts)
+        experts = task.improve(current.experts)[0]
+        if task.weight and not task.rules.fixed:
+            by_tokens = _Task(
+                load, replica_choice, replace(knobs, weight_tokens=0), current, topology
+            )
+            experts = task.cheapest(
+                [current.experts, experts, by_tokens.improve(current.experts)[0]]
+            )
+        return Placement(experts, current.num_experts)
     anew = current.align(place(load.mean(axis=0), current, topology)).experts
     kept = groups_on_nodes(current, topology)
     start = np.where(kept[:, None, None], current.experts, anew)
@@ -140,7 +161,12 @@ class _Task:
     """
 
     def __init__(
-        self, load: Floats, choice: str, knobs: Knobs, current: Placement, topology: Topology
+        self,
+        load: Floats,
+        choice: str,
+        knobs: Knobs,
+        current: Placement,
+        topology: Topology,
     ) -> None:
         fixed = choice in ("even", "table") or not current.num_redundant_experts
         deadline = math.inf
@@ -155,15 +181,21 @@ class _Task:
             deadline=deadline,
         )
         self.spread = SPREAD
+        self.weight = knobs.weight_tokens if choice in ("batch", "local") else 0
+        self.steps = knobs.sample_steps
         if not fixed and len(load) > _SAMPLES:
             added = -(-len(load) // _SAMPLES)
             load = np.add.reduceat(load, np.arange(0, len(load), added), axis=0)
             self.spread *= math.sqrt(added)
+            self.steps *= added
         self.num_ranks = current.num_ranks
         self.load = load
         self.x = self.judged(load)
 
-    def judged(self, load: Floats) -> Floats:
+    def judged(self, load: Floats, part: float = 1.0) -> Floats:
+        """Load, or a ``part`` of its tokens, as it is searched with."""
+        if self.weight:
+            load = worked(load, part * self.weight, self.steps)
         return widen(units(load, self.num_ranks), self.spread)
 
     def improve(self, start: Placed, layers: Bools | None = None) -> tuple[Placed, Floats]:
@@ -181,6 +213,33 @@ class _Task:
             experts[todo], value[todo] = improve(self.x[:, todo], start[todo], self.rules)
         return experts, value
 
+    def cheapest(self, candidates: list[Placed]) -> Placed:
+        """Each layer's placement that costs least, moves away from the first one included.
+
+        Searching takes active experts for jobs that can be split. Here they are whole: where nearly
+        all of them are active, one more on a rank costs as much as any imbalance of tokens.
+        """
+        looked = np.linspace(0, len(self.load) - 1, min(len(self.load), _LOOKED_AT)).astype(int)
+        load = self.load[looked]
+        work = worked(load, self.weight, self.steps)
+        mean, x = work.sum(axis=2) / self.num_ranks, units(work, self.num_ranks)
+        chance = -np.expm1(-load / self.steps) if self.steps > 1 else load > 0
+        active = np.random.default_rng(0).random(load.shape) < chance
+        costs = []
+        for experts in candidates:
+            most = [
+                [least_active(placed, here) for placed, here in zip(experts, there, strict=True)]
+                for there in active
+            ]
+            whole = np.array(most) * (self.weight * self.steps) / np.maximum(mean, 1.0)
+            cost = np.maximum(whole, par(x, experts, False)).mean(axis=0)
+            moved = _moved(candidates[0], experts, load.shape[2])
+            cost += self.rules.price * moved
+            costs.append(np.where(moved > self.rules.most, math.inf, cost))
+        best = np.argmin(costs, axis=0)
+        chosen: Placed = np.stack(candidates)[best, np.arange(len(best))]
+        return chosen
+
     def _lasts(self, start: Placed, load: Floats) -> Bools:
         """``[layers]``: whether what half of the tokens ask for pays for the other half, too.
 
@@ -197,8 +256,8 @@ class _Task:
             return lasts
         start, load = start[doubtful], load[:, doubtful]
         half = np.random.default_rng(0).binomial(load.astype(np.int64), 0.5).astype(np.float64)
-        found, _ = improve(self.judged(half), start, self.rules)
-        unseen = self.judged(load - half)
+        found, _ = improve(self.judged(half, 0.5), start, self.rules)
+        unseen = self.judged(load - half, 0.5)
         fixed = self.rules.fixed
         gain = par(unseen, start, fixed) - par(unseen, found, fixed)
         error = gain.std(axis=0, ddof=1) / math.sqrt(len(gain)) + _LITTLE
@@ -212,6 +271,28 @@ def units(load: Floats, num_ranks: int) -> Floats:
     """The load in units of each sample's mean rank load; 0 where there is none."""
     mean = load.sum(axis=2, keepdims=True) / num_ranks
     return np.divide(load, mean, out=np.zeros_like(load), where=mean > 0)
+
+
+def worked(load: Floats, weight_tokens: float, steps: int) -> Floats:
+    """What experts cost, in tokens' time: their tokens, or their weights where those take longer.
+
+    An active expert is a job that should not be split; as one that can be, it gives the same
+    peaks, but for rounding: the least number of jobs on the fullest rank is the greatest mean over
+    a set of ranks of the jobs that only they can do, rounded up. In samples of several steps, an
+    expert is taken to be active in as many of them as independent tokens would make it.
+
+    Args:
+        load: ``[samples, layers, experts]``, tokens.
+        weight_tokens: as in `Knobs`.
+        steps: steps of a sample.
+
+    >>> worked(np.array([[[0.0, 3.0, 20.0]]]), 8.0, 1).tolist()
+    [[[0.0, 8.0, 20.0]]]
+    >>> worked(np.array([[[0.0, 2.0, 40.0]]]), 8.0, 2).round(1).tolist()  # 2 in 2 steps: in 1.26
+    [[[0.0, 10.1, 40.0]]]
+    """
+    active = -np.expm1(-load / steps) * steps if steps > 1 else (load > 0).astype(np.float64)
+    return np.maximum(load, active * weight_tokens)
 
 
 def widen(x: Floats, spread: float) -> Floats:

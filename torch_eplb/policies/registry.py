@@ -25,7 +25,14 @@ from torch_eplb.values.choices import REPLICA_CHOICES
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Plan, Topology
 
-__all__ = ["POLICIES", "Policy", "PolicyError", "check_plan", "check_shares", "make_policy"]
+__all__ = [
+    "POLICIES",
+    "Policy",
+    "PolicyError",
+    "check_plan",
+    "check_shares",
+    "make_policy",
+]
 
 Policy: TypeAlias = Callable[[NDArray[Any], Placement, Topology], Plan]
 
@@ -45,6 +52,8 @@ def make_policy(
     target_par: float | None = None,
     max_moves: int | None = None,
     plan_seconds: float | None = None,
+    weight_tokens: int | None = None,
+    sample_steps: int | None = None,
 ) -> Policy:
     """A policy whose answers are complete and obey the contract (see `check_plan`).
 
@@ -52,15 +61,20 @@ def make_policy(
         policy: a name from `POLICIES`, or a callable ``(load, current, topology)``.
         replica_choice: how the runtime will split tokens among replicas: "batch", "local",
             "table" or "even". None means "batch".
-        min_gain, target_par, max_moves, plan_seconds: `flow.Knobs`; None for their defaults. Other
-            policies do not move by gain and ignore them.
+        min_gain, target_par, max_moves, plan_seconds, weight_tokens, sample_steps: `flow.Knobs`;
+            None for their defaults. Other policies do not move by gain and ignore them.
 
     Raises:
         TypeError, ValueError: an unknown policy or replica choice, or a knob out of range.
     """
     choice = _replica_choice(replica_choice)
     knobs = flow.Knobs.of(
-        min_gain=min_gain, target_par=target_par, max_moves=max_moves, plan_seconds=plan_seconds
+        min_gain=min_gain,
+        target_par=target_par,
+        max_moves=max_moves,
+        plan_seconds=plan_seconds,
+        weight_tokens=weight_tokens,
+        sample_steps=sample_steps,
     )
     answer = _resolve(policy, choice, knobs)
 
@@ -214,7 +228,11 @@ def _split(raw: Any, placement: Placement) -> NDArray[np.float64]:
             f"share {split[layer, rank, slot]}; shares are finite and not negative"
         )
     total = np.zeros((placement.num_layers, placement.num_experts))
-    np.add.at(total, (np.arange(placement.num_layers)[:, None, None], placement.experts), split)
+    np.add.at(
+        total,
+        (np.arange(placement.num_layers)[:, None, None], placement.experts),
+        split,
+    )
     wrong = np.abs(total - 1.0) > _SHARE_TOLERANCE
     if wrong.any():
         layer, expert = np.argwhere(wrong)[0]

@@ -1,8 +1,9 @@
 """The hot path on the device: counting hits, and from logical to physical ids.
 
 `ids` takes what a router gives; `tables` keeps what the placement says; `choose` reads it per
-batch; `quotas` balances a batch; `intervals` turns quotas into what each rank sends and receives;
-`rows` makes one row per token and rank of it; `load` keeps the counters.
+batch; `quotas` balances a batch by tokens, and `costs` by what they cost; `intervals` turns quotas
+into what each rank sends and receives; `rows` makes one row per token and rank of it; `load` keeps
+the counters.
 Knows no policy and starts no communication.
 """
 
@@ -12,6 +13,7 @@ from torch_eplb.routing.choose import (
     count_hits,
     order_by_id,
 )
+from torch_eplb.routing.costs import split_batch
 from torch_eplb.routing.device import divide, to_device
 from torch_eplb.routing.ids import PADDING, logical_ids, narrow, zero_compute
 from torch_eplb.routing.intervals import (
@@ -47,6 +49,7 @@ __all__ = [
     "order_by_id",
     "plan_dispatch",
     "solve_quotas",
+    "split_batch",
     "to_device",
     "zero_compute",
 ]

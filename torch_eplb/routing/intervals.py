@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torch_eplb.routing.choose import choose_by_quota, order_by_id
+from torch_eplb.routing.costs import active_experts, split_batch, split_batch_host
 from torch_eplb.routing.device import to_device
-from torch_eplb.routing.quotas import solve_quotas, solve_quotas_host
+from torch_eplb.routing.quotas import solve_quotas
 
 __all__ = ["DispatchPlan", "choose_locally", "interval_counts", "plan_dispatch"]
 
@@ -36,11 +37,13 @@ class DispatchPlan(NamedTuple):
             sending: by destination rank, then slot, then position. Those in the bin are left out.
         send_RS: int64 on the host, choices that this rank sends to each slot of each rank.
         receive_RS: int64 on the host, choices that this rank's slots receive from each source.
+        most_active: the most slots with choices on any rank.
     """
 
     order_N: Tensor
     send_RS: Tensor
     receive_RS: Tensor
+    most_active: int
 
 
 def choose_locally(
@@ -50,6 +53,8 @@ def choose_locally(
     num_ranks: int,
     slots_per_rank: int,
     solver_EM: Tensor | None = None,
+    weight_tokens: int = 0,
+    home_EM: Tensor | None = None,
 ) -> Tensor:
     """Physical ids that balance this batch alone over all ranks.
 
@@ -65,6 +70,10 @@ def choose_locally(
         slots_per_rank: S.
         solver_EM: the same with ranks renamed so that rows ascend (`RoutingTables.solver_LEM` of a
             layer); None where they do.
+        weight_tokens: W of `split_batch`.
+        home_EM: int64 ``[experts, M]``, 1 at the replica that an expert with few tokens keeps to
+            (`RoutingTables.home_LEM` of a layer); None if the batch is that of all ranks, which
+            then agree without it.
 
     Returns:
         int64 ``[tokens, top-k]``; R * S for choices that are in the bin.
@@ -76,7 +85,14 @@ def choose_locally(
     [0, 0, 2, 0, 3]
     """
     seen_EM = slots_EM if solver_EM is None else solver_EM
-    quotas_EM = solve_quotas(counts_E, seen_EM, num_ranks, slots_per_rank)
+    if home_EM is None:
+        quotas_EM = split_batch(counts_E, seen_EM, num_ranks, slots_per_rank, weight_tokens)
+    else:
+        # Other ranks' batches are taken to be as large as this one: so all of them let an expert's
+        # tokens meet at its home where they do not fill the time that its weights take.
+        quotas_EM = solve_quotas(counts_E, seen_EM, num_ranks, slots_per_rank)
+        few_E1 = (counts_E * num_ranks <= weight_tokens).unsqueeze(1)
+        quotas_EM = torch.where(few_E1, home_EM * counts_E.unsqueeze(1), quotas_EM)
     bin_id = num_ranks * slots_per_rank
     return choose_by_quota(topk_ids_TK, quotas_EM, slots_EM, bin_id=bin_id)
 
@@ -89,6 +105,7 @@ def plan_dispatch(
     num_ranks: int,
     slots_per_rank: int,
     ranks_per_node: int | None = None,
+    weight_tokens: int = 0,
 ) -> DispatchPlan:
     """Balance the batch of all ranks exactly, and say what this rank sends and receives.
 
@@ -105,6 +122,7 @@ def plan_dispatch(
         num_ranks: R.
         slots_per_rank: S.
         ranks_per_node: ranks on each node, to keep tokens on their node; None if all are on one.
+        weight_tokens: W of `split_batch`.
 
     Two ranks of two slots; expert 0 sits in slots 0 and 3, and rank 1 has most of its tokens:
 
@@ -119,7 +137,7 @@ def plan_dispatch(
     [0, 1, 2, 3]
     """
     counts, slots = counts_RE.cpu().numpy(), slots_EM.cpu().numpy()
-    quotas = solve_quotas_host(counts.sum(0), slots, num_ranks, slots_per_rank)
+    quotas = split_batch_host(counts.sum(0), slots, num_ranks, slots_per_rank, weight_tokens)
     groups = _groups(num_ranks, ranks_per_node)
     sent, shift, received = _sizes(counts, quotas, source, slots, slots_per_rank, groups)
     ids_N = topk_ids_TK.reshape(-1).long()
@@ -133,6 +151,7 @@ def plan_dispatch(
         order_N,
         torch.from_numpy(sent.reshape(num_ranks, slots_per_rank)),
         torch.from_numpy(received),
+        int(active_experts(quotas, slots, num_ranks, slots_per_rank).max()),
     )
 
 

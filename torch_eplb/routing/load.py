@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from torch_eplb.routing.device import count_dtype
 
-__all__ = ["MAX_SAMPLES", "LoadCounters", "SampleWindow"]
+__all__ = ["MAX_SAMPLES", "LoadCounters", "SampleWindow", "sample_steps"]
 
 MAX_SAMPLES = 32
 """Most samples that policies see, and most sub-windows of one collection."""
@@ -75,6 +75,15 @@ class LoadCounters:
         return self._is_recording
 
 
+def sample_steps(interval: int, window: int) -> int:
+    """Steps of a sample: as many as leave at most `MAX_SAMPLES` in a window.
+
+    >>> sample_steps(600, 50), sample_steps(20, 50)
+    (2, 1)
+    """
+    return -(-min(interval, window) // MAX_SAMPLES)
+
+
 class SampleWindow:
     """What is sampled while load is collected: the whole coarsely, the last steps finely.
 
@@ -100,7 +109,7 @@ class SampleWindow:
         self._counters = counters
         self.length = -(-interval // MAX_SAMPLES)
         self._first = max(interval - window, 0)  # the first step of the window
-        self._fine = -(-min(interval, window) // MAX_SAMPLES)
+        self._fine = sample_steps(interval, window)
         self.samples_per_length = -(-self.length // self._fine)
         self._on_device = counters.values.device.type != "cpu"
         self._copies: list[torch.Tensor] = []

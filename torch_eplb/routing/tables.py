@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torch_eplb.routing.device import to_device
+from torch_eplb.routing.quotas import solve_quotas_host
 from torch_eplb.values.choices import REPLICA_CHOICES
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Topology
@@ -50,6 +51,7 @@ class RoutingTables:
         prefer_local: with ``"table"``, choose the replica on this rank, then one on its node, as
             far as the shares allow when every rank sends equally much. The choice then depends on
             the rank, so ranks that share the same tokens (all-reduce dispatch) must not set it.
+        weight_tokens: W of `torch_eplb.routing.costs`, for ``"batch"`` and ``"local"``.
 
     Attributes:
         slots_LEM: int64, the physical ids of an expert's live replicas, one per rank, padded with
@@ -61,6 +63,8 @@ class RoutingTables:
             to ``choice_LEP[l, e, t % P]``.
         choice_LBP: the same memory with one more row per layer, E, for choices that go to no slot
             (`torch_eplb.routing.ids`): it holds R * S throughout.
+        home_LEM: int64, for ``"local"`` with ``weight_tokens``, or None: 1 at one replica of each
+            expert in ``slots_LEM``, the same on all ranks, so that ranks have equally many.
 
     >>> placement = Placement(np.array([[[0, 1], [2, 0]]]), 3)
     >>> tables = RoutingTables(placement, device="cpu", rank=0, replica_choice="even",
@@ -82,6 +86,7 @@ class RoutingTables:
         topology: Topology,
         split: NDArray[np.float64] | None = None,
         prefer_local: bool = False,
+        weight_tokens: int = 0,
     ) -> None:
         if replica_choice not in REPLICA_CHOICES:
             raise ValueError(
@@ -105,6 +110,7 @@ class RoutingTables:
         self.max_replicas = max_replicas
         self.topology = topology
         self.prefer_local = prefer_local
+        self.weight_tokens = weight_tokens
         layers, experts = self.num_layers, self.num_experts
         self._place_R = np.arange(self.num_ranks)
         self.slots_LEM = torch.full((layers, experts, max_replicas), -1, device=device)
@@ -119,9 +125,15 @@ class RoutingTables:
         if replica_choice in ("table", "even"):
             bin_id = self.num_ranks * self.num_slots
             self.choice_LBP = torch.full(
-                (layers, experts + 1, CHOICE_LENGTH), bin_id, dtype=torch.int64, device=device
+                (layers, experts + 1, CHOICE_LENGTH),
+                bin_id,
+                dtype=torch.int64,
+                device=device,
             )
             self.choice_LEP = self.choice_LBP[:, :experts]
+        self.home_LEM: Tensor | None = None
+        if replica_choice == "local" and weight_tokens:
+            self.home_LEM = torch.zeros_like(self.slots_LEM)
         self.update(placement, split)
 
     def tensors(self) -> list[Tensor]:
@@ -131,6 +143,8 @@ class RoutingTables:
             tables.append(self.solver_LEM)
         if self.choice_LBP is not None:
             tables.append(self.choice_LBP)
+        if self.home_LEM is not None:
+            tables.append(self.home_LEM)
         return tables
 
     def update(
@@ -179,6 +193,19 @@ class RoutingTables:
             place, slot = self._place_R[slots // self.num_slots], slots % self.num_slots
             renamed = np.where(slots < 0, -1, place * self.num_slots + slot)
             self._write(self.solver_LEM, index, renamed)
+        if self.home_LEM is not None:
+            homes = [self._homes(layer) for layer in slots]
+            self._write(self.home_LEM, index, np.stack(homes))
+
+    def _homes(self, slots_EM: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Of slots in the order of preference, 1 at one replica of each expert."""
+        order = np.argsort(np.where(slots_EM < 0, np.iinfo(np.int64).max, slots_EM), axis=1)
+        ascending = np.take_along_axis(slots_EM, order, axis=1)  # alike on all ranks
+        ones = np.ones(len(slots_EM), dtype=np.int64)
+        chosen = solve_quotas_host(ones, ascending, self.num_ranks, self.num_slots)
+        homes = np.zeros_like(slots_EM)
+        np.put_along_axis(homes, order, chosen, axis=1)
+        return homes
 
     @staticmethod
     def _write(table: Tensor, index: Tensor, rows: NDArray[np.int64]) -> None:
@@ -200,7 +227,8 @@ class RoutingTables:
         # One replica per (layer, expert, rank): their code is unique, and its first slot is kept.
         entry = position * self.num_experts + expert
         codes, first = np.unique(
-            entry * self.num_ranks + self._place_R[physical // self.num_slots], return_index=True
+            entry * self.num_ranks + self._place_R[physical // self.num_slots],
+            return_index=True,
         )
         entries = codes // self.num_ranks
         counts = np.bincount(entries, minlength=len(layers) * self.num_experts)

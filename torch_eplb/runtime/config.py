@@ -11,11 +11,13 @@ from typing import Any
 from torch_eplb.policies.flow import Knobs
 from torch_eplb.policies.registry import POLICIES
 from torch_eplb.values.choices import (
+    COSTS,
     DISPATCHES,
     EXPERTS,
     PHASES,
     REPLICA_CHOICES,
     TRANSPORTS,
+    CostName,
     DispatchKind,
     DispatchName,
     ExpertsName,
@@ -42,15 +44,28 @@ class Config:
     over the ranks."""
 
     dispatch: DispatchName = "all_to_all"
-    """How tokens reach experts. "all_to_all": every rank has its own batch. "all_reduce": all
-    ranks hold the same batch and their partial outputs are summed. "external": the layer
-    dispatches by itself and wants physical expert ids."""
+    """How tokens reach experts. "all_to_all": every rank has its own batch. "all_gather": likewise,
+    and all tokens go to all ranks, for small batches and graphs. "all_reduce": all ranks hold the
+    same batch and their partial outputs are summed. "external": the layer dispatches by itself and
+    wants physical expert ids."""
+
+    max_tokens_per_rank: int | None = None
+    """Most tokens of a rank in one call, with dispatch="all_gather": all batches are padded to so
+    many. None: ranks agree on the largest in every call, which compiled and captured code
+    cannot."""
 
     replica_choice: ReplicaChoice | None = None
     """Which replica a token goes to. "batch": the split is solved for every batch and layer on
     global counts. "local": each rank solves it for its own tokens. "table": the planner's shares.
     "even": replicas in turn. None: "local" for dispatch="external", else "batch"; on NPUs "table"
-    for both dispatches that would solve on the device, "external" and "all_reduce"."""
+    for all dispatches that would solve on the device, all but "all_to_all"."""
+
+    cost: CostName | tuple[float, float] | None = "auto"
+    """What "batch" and "local" level over ranks: a replica's time, which is that of its tokens, or
+    that of reading its weights if that is longer. ``(t_weight, t_token)``: seconds to read one
+    expert's weights and to compute one token, or any two numbers in that proportion. "measured":
+    by products with the first layer's experts in `wrap`. "auto": from peak rates of known GPUs and
+    NPUs; elsewhere as None, for which only tokens count."""
 
     experts: ExpertsName = "auto"
     """Who computes experts. "module": the module's own forward. "grouped": two grouped matrix
@@ -158,6 +173,8 @@ class Config:
             self._check_int(name, least)
         if self.num_nodes is not None:
             self._check_int("num_nodes", 1)
+        if self.max_tokens_per_rank is not None:
+            self._check_int("max_tokens_per_rank", 1)
         for name in ("staging_bytes", "bytes_per_step"):
             value = getattr(self, name)
             if value is not None:
@@ -166,12 +183,18 @@ class Config:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         self._check_choice("dispatch", DISPATCHES)
+        if self.max_tokens_per_rank is not None and self.dispatch != "all_gather":
+            raise ValueError(
+                f"max_tokens_per_rank={self.max_tokens_per_rank} is for dispatch='all_gather', "
+                f"not for {self.dispatch!r}; leave it out"
+            )
         self._check_choice("experts", EXPERTS)
         if self.experts == "grouped" and not self.dispatch_kind.communicates:
             raise ValueError(
                 f"experts='grouped' with dispatch={self.dispatch!r}: there the layer computes its "
                 'experts by itself; use "auto"'
             )
+        self._check_cost()
         self._check_choice("phase", PHASES)
         self._check_choice("transport", TRANSPORTS)
         self._check_replica_choice()
@@ -203,6 +226,21 @@ class Config:
             raise TypeError(f"timeout must be a number of seconds, got {value!r}")
         if not 0 < value < float("inf"):
             raise ValueError(f"timeout must be a finite number of more than 0 seconds, got {value}")
+
+    def _check_cost(self) -> None:
+        if self.cost is None or (isinstance(self.cost, str) and self.cost in COSTS):
+            return
+        names = ", ".join(map(repr, COSTS))
+        if not isinstance(self.cost, (tuple, list)) or len(self.cost) != 2:
+            raise ValueError(
+                f"cost must be {names}, a pair (t_weight, t_token) or None, got {self.cost!r}"
+            )
+        for name, value in zip(("t_weight", "t_token"), self.cost, strict=True):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"cost: {name} must be a number, got {value!r}")
+            if not 0 < value < float("inf"):
+                raise ValueError(f"cost: {name} must be finite and above 0, got {value}")
+        object.__setattr__(self, "cost", tuple(self.cost))
 
     def _check_choice(self, name: str, choices: Collection[str]) -> None:
         value = getattr(self, name)

@@ -27,6 +27,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from torch_eplb.comm.agreement import agree, gather_json
+from torch_eplb.comm.saved_tensors import without_saved_tensors_hooks
 from torch_eplb.layers.context import LayerContext, recomputing
 from torch_eplb.layers.dispatch import BoundToRanks, Dispatch, make_dispatch
 from torch_eplb.layers.experts import common_owner
@@ -131,6 +132,7 @@ class Engine(BoundToRanks):
                 max_replicas=min(comm.num_ranks, config.num_redundant_experts + 1),
                 topology=setup.topology,
                 prefer_local=not config.dispatch_kind.shares_tokens,
+                weight_tokens=setup.weight_tokens,
             )
         self.written = [*self._tables.tensors(), *self._counters.tensors()]
         self.exchange = Exchange(self.layers, comm, setup.staging_bytes, config.verify)
@@ -177,6 +179,7 @@ class Engine(BoundToRanks):
             self.position,
             self._roster,
             experts=self.config.experts,
+            max_tokens_per_rank=self.config.max_tokens_per_rank,
         )
         self.tokens = context.tokens
         self._traffic = context.traffic
@@ -347,7 +350,7 @@ class Engine(BoundToRanks):
             EPLBError: a layer has not been called yet on this rank.
         """
         kind = self.config.dispatch_kind
-        if kind.shares_tokens:
+        if not kind.own_batches:
             raise ValueError(
                 f"idle_step: with dispatch={kind.name!r} all ranks hold the same batch, so none is "
                 "without work when another has some"
@@ -376,7 +379,8 @@ class Engine(BoundToRanks):
         self.comm.check_process()
         start, moving = time.perf_counter(), self._cycle.stage is Stage.MIGRATE
         try:
-            with self._failing():
+            # Hooks on saved tensors: what is posted here may outlive this forward.
+            with without_saved_tensors_hooks(), self._failing():
                 if self._recorder is not None and self.position.step > 0:
                     self._recorder.boundary()
                 if self._life is Life.BALANCING:
@@ -520,6 +524,7 @@ class Engine(BoundToRanks):
             bytes_received=exchange.bytes_received,
             token_rows_sent=self._traffic.rows,
             token_bytes_sent=self._traffic.nbytes,
+            active_experts=self._traffic.mean_active,
             staging_bytes=exchange.staging_bytes,
             staging_bytes_peak=exchange.staging_peak,
             plan_seconds=cycle.plan_seconds,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypedDict
 
 from torch_eplb.values.choices import (
+    CostName,
     DispatchName,
     ExpertsName,
     PhaseName,
@@ -24,7 +25,9 @@ class Options(TypedDict, total=False):
 
     num_redundant_experts: int
     dispatch: DispatchName
+    max_tokens_per_rank: int | None
     replica_choice: ReplicaChoice | None
+    cost: CostName | tuple[float, float] | None
     experts: ExpertsName
     policy: PolicyName | Callable[..., Any]
     min_gain: float | None

@@ -25,7 +25,9 @@ from torch_eplb.files.expert_map import read_expert_map
 from torch_eplb.layers.experts import ExpertLayer, find_layers
 from torch_eplb.layers.grouped import why_not
 from torch_eplb.planner.messages import PlannerSettings
+from torch_eplb.routing.load import sample_steps
 from torch_eplb.runtime.config import Config
+from torch_eplb.runtime.costs import agree_on_weight_tokens
 from torch_eplb.values.choices import DispatchKind
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Topology
@@ -49,6 +51,7 @@ class Setup:
     topology: Topology
     staging_bytes: int
     already_sharded: bool
+    weight_tokens: int
 
 
 @dataclass
@@ -98,13 +101,14 @@ def prepare(
             hccl_buffer_size=inspected.config.hccl_buffer_size,
             nccl_max_ctas=inspected.config.nccl_max_ctas,
         )
+        weight_tokens = agree_on_weight_tokens(inspected.config, inspected.layers, comm)
     except BaseException:
         comm.close()
         raise
     values = {f.name: getattr(inspected, f.name) for f in dataclasses.fields(_Inspected)}
     del values["device"]
     _wrapped.update(layer.module for layer in inspected.layers)
-    return Setup(model=model, comm=comm, **values)
+    return Setup(model=model, comm=comm, weight_tokens=weight_tokens, **values)
 
 
 def release(layers: list[ExpertLayer]) -> None:
@@ -161,7 +165,10 @@ def _config(given: Config | None, kwargs: Mapping[str, Any]) -> Config:
 
 
 def _inspect(
-    model: nn.Module, group: dist.ProcessGroup, given: Config | None, kwargs: Mapping[str, Any]
+    model: nn.Module,
+    group: dist.ProcessGroup,
+    given: Config | None,
+    kwargs: Mapping[str, Any],
 ) -> _Inspected:
     num_ranks = dist.get_world_size(group)
     if not isinstance(model, nn.Module):
@@ -180,6 +187,11 @@ def _inspect(
     # A model on the meta device will be loaded onto the device that the group serves.
     home = device_of(group) if device.type == "meta" else device
     config = config.on_device(home.type)
+    if config.cost == "measured" and device.type == "meta":
+        raise ValueError(
+            "cost='measured' needs weights, and the model is on the meta device: pass the pair "
+            "(t_weight, t_token), or wrap a model that has weights"
+        )
     for layer in layers:
         if layer.spec.expert_weights is None and config.dispatch_kind.communicates:
             raise ValueError(
@@ -228,13 +240,16 @@ def _check_current(device: torch.device) -> None:
 def planner_settings(setup: Setup) -> PlannerSettings:
     """What the planner must know."""
     config = setup.config
-    options = {
+    options: dict[str, str | float | None] = {
         "replica_choice": config.replica_choice,
         "min_gain": config.min_gain,
         "target_par": config.target_par,
         "max_moves": config.max_moves,
         "plan_seconds": config.plan_seconds,
     }
+    if setup.weight_tokens:
+        options["weight_tokens"] = setup.weight_tokens
+        options["sample_steps"] = sample_steps(config.collect_interval, config.window)
     return PlannerSettings(
         policy=config.policy,
         policy_options={name: value for name, value in options.items() if value is not None},
@@ -296,7 +311,10 @@ def _initial_placement(
     if config.expert_map is None:
         return Placement.initial(num_layers, experts, num_ranks, num_slots)
     placement = read_expert_map(
-        config.expert_map, num_layers=num_layers, num_experts=experts, num_ranks=num_ranks
+        config.expert_map,
+        num_layers=num_layers,
+        num_experts=experts,
+        num_ranks=num_ranks,
     )
     if placement.num_slots != num_slots:
         raise ValueError(

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
 __all__ = [
+    "COSTS",
     "DISPATCHES",
     "EXPERTS",
     "PHASES",
     "REPLICA_CHOICES",
     "TRANSPORTS",
+    "CostName",
     "DispatchKind",
     "DispatchName",
     "ExpertsName",
@@ -21,11 +23,14 @@ __all__ = [
     "TransportName",
 ]
 
-DispatchName: TypeAlias = Literal["all_to_all", "all_reduce", "external"]
+DispatchName: TypeAlias = Literal["all_to_all", "all_gather", "all_reduce", "external"]
 """How tokens reach experts; see `torch_eplb.Config`."""
 
 ReplicaChoice: TypeAlias = Literal["batch", "local", "table", "even"]
 """Which replica a token goes to; see `torch_eplb.Config`."""
+
+CostName: TypeAlias = Literal["auto", "measured"]
+"""Where the times that "batch" and "local" level come from; see `torch_eplb.Config`."""
 
 ExpertsName: TypeAlias = Literal["auto", "module", "grouped"]
 """Who computes the experts of a slot; see `torch_eplb.Config`."""
@@ -40,6 +45,7 @@ PolicyName: TypeAlias = Literal["flow", "deepseek", "swift", "flashlb", "random"
 """How placements are planned."""
 
 REPLICA_CHOICES: tuple[ReplicaChoice, ...] = get_args(ReplicaChoice)
+COSTS: tuple[CostName, ...] = get_args(CostName)
 EXPERTS: tuple[ExpertsName, ...] = get_args(ExpertsName)
 PHASES: tuple[PhaseName, ...] = get_args(PhaseName)
 TRANSPORTS: tuple[TransportName, ...] = get_args(TransportName)
@@ -51,8 +57,9 @@ class DispatchKind:
 
     Attributes:
         name: as in ``dispatch=``.
-        shares_tokens: all ranks hold the same tokens. They must then choose the same replica of a
-            token, and one rank's counts are the counts of all.
+        own_batches: every rank brings its own tokens, and may have none.
+        shares_tokens: all ranks hold the same tokens when replicas are chosen. They must then
+            choose the same replica of a token, and one rank's counts are the counts of all.
         communicates: it brings the tokens to the experts itself. Otherwise the layer does, expert
             tensors may be sharded already, and forward needs no weights.
         default_choice: the replica choice where none is asked for.
@@ -61,6 +68,7 @@ class DispatchKind:
     """
 
     name: DispatchName
+    own_batches: bool
     shares_tokens: bool
     communicates: bool
     default_choice: ReplicaChoice
@@ -76,13 +84,29 @@ DISPATCHES: dict[str, DispatchKind] = {
     for kind in (
         DispatchKind(
             "all_to_all",
+            own_batches=True,
             shares_tokens=False,
             communicates=True,
             default_choice="batch",
             refused={},
         ),
         DispatchKind(
+            "all_gather",
+            own_batches=True,
+            shares_tokens=True,
+            communicates=True,
+            default_choice="batch",
+            default_on_device=_NO_SOLVER,
+            refused={
+                "local": (
+                    "balances each rank's tokens alone, and here every rank sees all of them: use "
+                    '"batch", "table" or "even"'
+                )
+            },
+        ),
+        DispatchKind(
             "all_reduce",
+            own_batches=False,
             shares_tokens=True,
             communicates=True,
             default_choice="batch",
@@ -96,6 +120,7 @@ DISPATCHES: dict[str, DispatchKind] = {
         ),
         DispatchKind(
             "external",
+            own_batches=True,
             shares_tokens=False,
             communicates=False,
             default_choice="local",

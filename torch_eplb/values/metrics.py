@@ -26,6 +26,9 @@ class Stats:
         bytes_sent, bytes_received: expert weights that this rank moved (per rank).
         token_rows_sent, token_bytes_sent: tokens on their way to other ranks' experts, and results
             on their way back, that this rank sent in its forwards (per rank; "all_to_all" only).
+        active_experts: experts with tokens on the rank that has most of them, mean over the calls
+            of all layers; None where ranks do not know each other's batches (all but "all_to_all"
+            with "batch").
         staging_bytes: size of the staging pool.
         staging_bytes_peak: most of it that a round used (per rank).
         plan_seconds: time spent planning, in the planner.
@@ -57,6 +60,7 @@ class Stats:
     bytes_received: int
     token_rows_sent: int
     token_bytes_sent: int
+    active_experts: float | None
     staging_bytes: int
     staging_bytes_peak: int
     plan_seconds: float
