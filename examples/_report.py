@@ -52,14 +52,7 @@ class Row:
         ]
 
 
-COLUMNS = [
-    "step",
-    "PAR now",
-    "PAR without balancing",
-    "rebalances",
-    "experts moved",
-    "staging",
-]
+COLUMNS = ["step", "PAR now", "PAR without balancing", "rebalances", "experts moved", "staging"]
 
 
 @dataclass
@@ -166,10 +159,7 @@ class Display:
         elif self.enabled and len(history.rows) % PLAIN_EVERY == 1:
             cells = history.rows[-1].cells()
             widths = map(len, COLUMNS)
-            print(
-                "  ".join(c.rjust(w) for c, w in zip(cells, widths, strict=True)),
-                flush=True,
-            )
+            print("  ".join(c.rjust(w) for c, w in zip(cells, widths, strict=True)), flush=True)
 
 
 def print_summary(history: History, ranks: list[Stats], checks: Checks, seconds: float) -> None:
@@ -252,9 +242,7 @@ def draw_par_over_time(history: History) -> Figure:
         axis.axvline(step, color="gray", linestyle=":", linewidth=1, label=label)
     axis.axhline(1, color="black", linewidth=0.8)
     axis.set(
-        xlabel="step",
-        ylabel="PAR, mean of layers",
-        title="Peak-to-average ratio of rank load",
+        xlabel="step", ylabel="PAR, mean of layers", title="Peak-to-average ratio of rank load"
     )
     axis.legend(loc="upper right")
     return figure

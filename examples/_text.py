@@ -24,14 +24,7 @@ from torch import Tensor
 Document = tuple[str, Callable[[], str]]  # its name, and how to read it
 
 STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
-NOT_SOURCES = {
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "encodings",
-    "pydoc_data",
-}
+NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "encodings", "pydoc_data"}
 
 
 def builtin_streams(*, held_out: bool, limit: int = 3_000_000) -> dict[str, bytes]:
@@ -119,10 +112,7 @@ def _unicode_tables() -> Iterator[Document]:
             char = chr(code)
             name = unicodedata.name(char, "")
             if name and not name.endswith(f"-{code:X}"):
-                kind, width = (
-                    unicodedata.category(char),
-                    unicodedata.east_asian_width(char),
-                )
+                kind, width = unicodedata.category(char), unicodedata.east_asian_width(char)
                 rows.append(f"U+{code:04X}\t{char}\t{kind}\t{width}\t{name}")
         return "\n".join(rows)
 

@@ -118,11 +118,7 @@ def batch(step: int, shared: bool) -> Tensor:
 
 
 def wrap(model: nn.Module, **options: Any) -> torch_eplb.ExpertLoadBalancer:
-    quick: dict[str, Any] = {
-        "collect_interval": 8,
-        "plan_interval": 1,
-        "policy": "random",
-    }
+    quick: dict[str, Any] = {"collect_interval": 8, "plan_interval": 1, "policy": "random"}
     redundant = EXPERTS // 4 if dist.get_world_size() > 1 else 0
     redundant -= (EXPERTS + redundant) % dist.get_world_size()
     quick["num_redundant_experts"] = max(redundant, 0)
@@ -233,10 +229,7 @@ def solver() -> str:
         quotas = solve_quotas(*arguments, ranks, per_rank)
         synchronize()
         seconds.append(time.perf_counter() - start)
-        ours, best = (
-            quotas.cpu().numpy(),
-            solve_quotas_host(counts, slots, ranks, per_rank),
-        )
+        ours, best = quotas.cpu().numpy(), solve_quotas_host(counts, slots, ranks, per_rank)
         require((ours.sum(1) == counts).all() and (ours >= 0).all(), "tokens are lost")
         peaks = [
             np.bincount(slots[slots >= 0] // per_rank, weights=q[slots >= 0]).max()
@@ -269,10 +262,7 @@ def waits(dispatch: str, expected: int) -> str:
     if not hasattr(module, "set_sync_debug_mode"):
         return f"skipped: {device.type} does not count them"
     model, _ = make(OwnDispatch if dispatch == "external" else Experts)
-    with (
-        wrap(model, dispatch=dispatch, replica_choice="table") as balancer,
-        torch.inference_mode(),
-    ):
+    with wrap(model, dispatch=dispatch, replica_choice="table") as balancer, torch.inference_mode():
         x = batch(0, dispatch == "all_reduce")
         balancer(x)
         with warnings.catch_warnings(record=True) as caught:
@@ -410,10 +400,7 @@ def run_all() -> tuple[list[str], bool]:
         said = said.removeprefix("skipped: ")
         lines.append(f"| {name} | {state} | {said} |")
         if dist.get_rank() == 0:
-            print(
-                f"{time.perf_counter() - start:6.1f} s  {state:8}{name}: {said}",
-                flush=True,
-            )
+            print(f"{time.perf_counter() - start:6.1f} s  {state:8}{name}: {said}", flush=True)
     return lines, right
 
 

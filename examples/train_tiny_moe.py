@@ -85,11 +85,7 @@ def train(
 ) -> None:
     """AdamW with a short warm-up and a cosine decay; prints each kind's loss as it goes."""
     optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=learning_rate,
-        betas=(0.9, 0.95),
-        weight_decay=0.05,
-        fused=True,
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.05, fused=True
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -136,10 +132,7 @@ def report(model: Qwen3MoeForCausalLM, text: dict[str, bytes], generator: torch.
         )
         prompt = tokens[:1, :96]
         answer = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=96,
-            do_sample=False,
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=96, do_sample=False
         )[0, 96:]
         print(f"{as_text(prompt[0])!r}\n-> {as_text(answer)!r}")
 

@@ -41,10 +41,7 @@ class BatchedExperts(nn.Module):
         return self.up
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         up = self.weights()
         ids = top_k_index.clamp(max=len(up) - 1)  # a sentinel has weight 0
@@ -73,10 +70,7 @@ class IdleExperts(BatchedExperts):
         self.num_experts = EXPERTS
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         return hidden_states * 0 + top_k_index[:, :1]
 
@@ -117,11 +111,7 @@ CHOICES = {
     "all_reduce": ("batch", "table", "even"),
     "all_gather": ("batch", "table", "even"),
     "asking": ("batch", "table", "even"),  # all_gather that agrees on sizes: graphs break
-    "compact": (
-        "batch",
-        "table",
-        "even",
-    ),  # all_reduce, for experts that know no sentinel
+    "compact": ("batch", "table", "even"),  # all_reduce, for experts that know no sentinel
     "external": ("local", "table", "even"),
 }
 KINDS = {
@@ -249,9 +239,7 @@ def compile_in_place(model: nn.Module) -> tuple[nn.Module, Callable[..., torch.T
     return model, model
 
 
-def compile_the_wrapped(
-    model: nn.Module,
-) -> tuple[nn.Module, Callable[..., torch.Tensor]]:
+def compile_the_wrapped(model: nn.Module) -> tuple[nn.Module, Callable[..., torch.Tensor]]:
     compiled = torch.compile(model, backend="eager")
     return compiled, compiled
 
@@ -263,8 +251,7 @@ def compile_layers(model: nn.Module) -> tuple[nn.Module, Callable[..., torch.Ten
 
 
 @pytest.mark.parametrize(
-    "compile_it",
-    [compile_outside, compile_in_place, compile_the_wrapped, compile_layers],
+    "compile_it", [compile_outside, compile_in_place, compile_the_wrapped, compile_layers]
 )
 def test_a_model_that_ran_compiled_before_it_was_wrapped_runs_the_hooks(
     compile_it: Callable[[nn.Module], tuple[nn.Module, Callable[..., torch.Tensor]]],
@@ -300,10 +287,7 @@ def test_a_compiled_model_forgets_the_hooks_when_it_is_unwrapped() -> None:
 def test_autocast_keeps_no_casts_of_experts_that_moved() -> None:
     x = torch.ones(1, 1, HIDDEN)
     model = Model(BatchedExperts)
-    with (
-        fake_process_group(world_size=4, rank=1),
-        torch.autocast("cpu", torch.bfloat16),
-    ):
+    with fake_process_group(world_size=4, rank=1), torch.autocast("cpu", torch.bfloat16):
         with torch_eplb.wrap(model, num_redundant_experts=4) as balancer:
             up = model.layers[0].experts.up
             before = torch.bmm(x.expand(len(up), -1, -1), up)  # kept until autocast ends

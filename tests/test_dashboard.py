@@ -42,11 +42,7 @@ def test_every_metric_and_label_that_it_asks_for_exists(dashboard: Any) -> None:
 def test_its_queries_are_promql(dashboard: Any) -> None:
     parser = pytest.importorskip("promql_parser")
     for query in queries(dashboard):
-        for variable, value in (
-            ("$__rate_interval", "1m"),
-            ("$job", ".*"),
-            ("$rank", ".*"),
-        ):
+        for variable, value in (("$__rate_interval", "1m"), ("$job", ".*"), ("$rank", ".*")):
             query = query.replace(variable, value)
         parser.parse(query)
 

@@ -62,16 +62,7 @@ def has_the_package_and_nothing_else(wheel: Path) -> None:
 
 def runs_where_it_is_installed(wheel: Path, folder: Path) -> None:
     place = folder / "installed"
-    run(
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--target",
-        str(place),
-        str(wheel),
-    )
+    run("-m", "pip", "install", "--quiet", "--no-deps", "--target", str(place), str(wheel))
     smoke = ROOT / "tests" / "support" / "smoke.py"
     said = run(str(smoke), str(ROOT), cwd=folder, environment={"PYTHONPATH": str(place)})
     assert "collecting load" in said

@@ -9,9 +9,7 @@ import pytest
 from support.programs import run
 
 
-def test_the_main_job_balances_a_trained_model_and_its_tokens_are_equal(
-    tmp_path: Path,
-) -> None:
+def test_the_main_job_balances_a_trained_model_and_its_tokens_are_equal(tmp_path: Path) -> None:
     output = run("examples/serve_moe.py", "--short", "--out", str(tmp_path))
     assert re.search(r"greedy tokens.*equal", output, re.IGNORECASE), output
     pictures = sorted(path.name for path in tmp_path.glob("*.png"))

@@ -48,19 +48,8 @@ torch_eplb.Config(dispatch="none")
 
 def test_a_type_checker_finds_wrong_keywords_and_wrong_values(tmp_path: Path) -> None:
     (tmp_path / "uses.py").write_text(USES)
-    command = [
-        sys.executable,
-        "-m",
-        "mypy",
-        "--no-site-packages",
-        "--ignore-missing-imports",
-    ]
-    command += [
-        "--follow-imports=silent",
-        f"--cache-dir={tmp_path}",
-        "--config-file=",
-        "uses.py",
-    ]
+    command = [sys.executable, "-m", "mypy", "--no-site-packages", "--ignore-missing-imports"]
+    command += ["--follow-imports=silent", f"--cache-dir={tmp_path}", "--config-file=", "uses.py"]
     done = subprocess.run(
         command,
         cwd=tmp_path,

@@ -19,23 +19,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from support.models import Experts, ToyModel, skewed_batch
 
 import torch_eplb
 from torch_eplb.planner import worker
-from torch_eplb.planner.messages import (
-    PlannerSettings,
-    ReceivedPlan,
-    Request,
-    check_reply,
-)
+from torch_eplb.planner.messages import PlannerSettings, ReceivedPlan, Request, check_reply
 from torch_eplb.planner.process import PlannerFault
 from torch_eplb.runtime.cycle import Stage
 from torch_eplb.testing import fake_process_group
@@ -90,10 +79,7 @@ class ExternalExperts(Experts):
     """Takes physical ids, as a layer that dispatches by itself does."""
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         return hidden_states
 
@@ -114,13 +100,7 @@ class Life(RuleBasedStateMachine):
         data=st.data(),
     )
     def begin(
-        self,
-        rank: int,
-        dispatch: str,
-        choice: str | None,
-        redundant: int,
-        staged: int,
-        data: Any,
+        self, rank: int, dispatch: str, choice: str | None, redundant: int, staged: int, data: Any
     ) -> None:
         self.stack.enter_context(fake_process_group(RANKS, rank))
         self.stack.enter_context(torch.no_grad())
@@ -159,12 +139,7 @@ class Life(RuleBasedStateMachine):
         balancer.engine._cycle._stall_limit = PATIENCE
         # What never arrives is nothing, or hypothesis would see other routing in every run.
         balancer.engine.exchange._pool.zero_()
-        self.link_is_up, self.damaged, self.paused, self.phase = (
-            True,
-            False,
-            False,
-            None,
-        )
+        self.link_is_up, self.damaged, self.paused, self.phase = True, False, False, None
         self.steps, self.interrupted = 0, False
         self.stage = Stage.COLLECT
         self.addresses = self.memory()
@@ -364,20 +339,14 @@ class Life(RuleBasedStateMachine):
     @wrapped
     @invariant()
     def placement_is_valid_every_expert_is_live_and_tables_match(self) -> None:
-        migration, tables = (
-            self.balancer.engine._migration,
-            self.balancer.engine._tables,
-        )
+        migration, tables = self.balancer.engine._migration, self.balancer.engine._tables
         assert self.balancer.placement == Placement(
             migration.experts, EXPERTS, allow_duplicates=True
         )
         if not (migration.in_flight or migration.repairing or self.balancer.stats().disabled):
             assert migration.live.all()
         for index in range(LAYERS):
-            experts, live = (
-                migration.experts[index].reshape(-1),
-                migration.live[index].reshape(-1),
-            )
+            experts, live = migration.experts[index].reshape(-1), migration.live[index].reshape(-1)
             assert set(experts[live]) == set(range(EXPERTS))
             for table in (tables.slots_LEM, tables.choice_LEP):
                 if table is None:

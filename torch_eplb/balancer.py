@@ -117,10 +117,7 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
 
     def __repr__(self) -> str:
         engine, placement = self.engine, self.placement
-        stats, parts = (
-            engine.stats(),
-            [f"rank {engine.comm.rank} of {engine.comm.num_ranks}"],
-        )
+        stats, parts = engine.stats(), [f"rank {engine.comm.rank} of {engine.comm.num_ranks}"]
         parts.append(f"{placement.num_layers} MoE layers of {placement.num_experts} experts")
         parts.append(f"{placement.num_slots} slots per rank")
         parts.append(f"dispatch={engine.config.dispatch!r}")

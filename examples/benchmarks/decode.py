@@ -49,8 +49,7 @@ def draw(load_E: Ints, tokens: int, top_k: int, rng: np.random.Generator) -> Int
     """Counts of a batch."""
     score = np.log(np.maximum(load_E, 1e-9)) + rng.gumbel(size=(tokens, len(load_E)))
     return np.bincount(
-        np.argpartition(-score, top_k, axis=1)[:, :top_k].reshape(-1),
-        minlength=len(load_E),
+        np.argpartition(-score, top_k, axis=1)[:, :top_k].reshape(-1), minlength=len(load_E)
     )
 
 

@@ -227,12 +227,7 @@ def textbook(local: nn.Module, ranks: int, hidden: Tensor, ids: Tensor, weights:
 
 
 def gathered(
-    local: nn.Module,
-    rank: int,
-    ranks: int,
-    hidden: Tensor,
-    ids: Tensor,
-    weights: Tensor,
+    local: nn.Module, rank: int, ranks: int, hidden: Tensor, ids: Tensor, weights: Tensor
 ) -> Tensor:
     """Everybody's tokens; the choices of this rank's experts; reduce-scatter of partial sums."""
 
@@ -262,10 +257,7 @@ def check(ways: dict[str, Way], plain: nn.Module, batch: tuple[Tensor, ...]) -> 
     expected = plain(*batch).float()
     for name, way in ways.items():
         error = (way(*batch).float() - expected).abs().max() / expected.abs().max()
-        assert error < (1e-4 if batch[0].dtype == torch.float32 else 0.03), (
-            name,
-            error,
-        )
+        assert error < (1e-4 if batch[0].dtype == torch.float32 else 0.03), (name, error)
 
 
 @dataclasses.dataclass

@@ -55,8 +55,7 @@ class Experts(nn.Module):
             requires_grad=False,
         )
         self.down = nn.Parameter(
-            torch.randn(num_experts, HIDDEN, INTERMEDIATE, device=device) / 22,
-            requires_grad=False,
+            torch.randn(num_experts, HIDDEN, INTERMEDIATE, device=device) / 22, requires_grad=False
         )
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -130,12 +129,7 @@ def medians_us(
 
 
 def compare_routing(
-    num_experts: int,
-    tokens: int,
-    ranks: int,
-    redundant: int,
-    device: torch.device,
-    seconds: float,
+    num_experts: int, tokens: int, ranks: int, redundant: int, device: torch.device, seconds: float
 ) -> None:
     """One row of the table: all ways to route ``tokens`` of this rank."""
     rng = np.random.default_rng(tokens + num_experts)

@@ -156,11 +156,7 @@ def measure_memory(device: torch.device, experts: int, direct: bool, times: int)
         wanted = random_placement(generator)
         least += int(placement.newly_held(wanted).sum()) * expert_bytes
         schedule = make_schedule(
-            placement,
-            wanted,
-            expert_bytes=expert_bytes,
-            staging_bytes=budget,
-            direct=direct,
+            placement, wanted, expert_bytes=expert_bytes, staging_bytes=budget, direct=direct
         )
         for number, transfers in enumerate(schedule.rounds):
             with observer:
@@ -399,20 +395,10 @@ def report(memory: list[Memory], everyone: list[Any]) -> None:
     """Print the table; each row with its aim."""
     for row in memory:
         name = f"peak staging, budget {row.experts}{', direct' if row.direct else ''}"
-        line(
-            name,
-            f"{row.peak:,} of {row.budget:,} bytes",
-            row.peak <= row.budget,
-            "<= budget",
-        )
+        line(name, f"{row.peak:,} of {row.budget:,} bytes", row.peak <= row.budget, "<= budget")
     one = next(row for row in memory if row.experts == 1)
     share = one.peak / (SLOTS * one.budget)
-    line(
-        "of a layer-sized staging, budget 1",
-        f"{share:.3f}",
-        share <= 1 / SLOTS,
-        f"<= 1/{SLOTS}",
-    )
+    line("of a layer-sized staging, budget 1", f"{share:.3f}", share <= 1 / SLOTS, f"<= 1/{SLOTS}")
     ratio = max(row.bytes_sent / row.least for row in memory)
     line("bytes sent / minimum, worst", f"{ratio:.3f}", ratio <= 1.05, "<= 1.05")
 
@@ -426,23 +412,13 @@ def report(memory: list[Memory], everyone: list[Any]) -> None:
     text = f"{ratio:.2f} ({ours:.0f} ms / {bare:.0f} ms)"
     line("rebalance without overlap / bare isend", text, ratio <= 1.15, "<= 1.15")
     ratio = statistics.median(total[0] / total[2] for total in totals)
-    line(
-        "the same / bare isend and staged copies",
-        f"{ratio:.2f} ({copied:.0f} ms)",
-        None,
-        "",
-    )
+    line("the same / bare isend and staged copies", f"{ratio:.2f} ({copied:.0f} ms)", None, "")
 
     hooks = [np.concatenate([ways[way][0] for ways, _ in everyone]) for way in (0, 1)]
     for name, summary in (("mean", np.mean), ("p99", lambda x: np.percentile(x, 99))):
         blocking, overlap = (float(summary(values)) for values in hooks)
         text = f"{overlap / blocking:.2f} ({1e3 * overlap:.2f} ms / {1e3 * blocking:.2f} ms)"
-        line(
-            f"hooks while migrating / blocking, {name}",
-            text,
-            overlap <= blocking / 5,
-            "<= 1/5",
-        )
+        line(f"hooks while migrating / blocking, {name}", text, overlap <= blocking / 5, "<= 1/5")
 
     p99s, medians = [], []
     # Steps without migration are alike whatever follows them.
@@ -456,12 +432,7 @@ def report(memory: list[Memory], everyone: list[Any]) -> None:
         line(f"step while migrating / without, {name}", text, overlap < blocking, "lower")
 
     idle = max(rank[1] for rank in everyone)
-    line(
-        "hook per step, nothing pending",
-        f"{1e6 * idle:.1f} us",
-        idle < 30e-6,
-        "< 30 us",
-    )
+    line("hook per step, nothing pending", f"{1e6 * idle:.1f} us", idle < 30e-6, "< 30 us")
 
 
 def line(name: str, value: str, met: bool | None, aim: str) -> None:

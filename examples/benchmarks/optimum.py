@@ -32,12 +32,7 @@ from torch_eplb.policies.split import batch_rank_loads
 
 TRACE = Path(__file__).resolve().parent.parent / "data" / "trace.npz"
 POLICIES = ("static", "deepseek", "swift", "flashlb", "flow")
-SIZES = (
-    (3, 10, 2),
-    (4, 10, 2),
-    (3, 13, 2),
-    (4, 9, 3),
-)  # ranks, experts, redundant experts
+SIZES = ((3, 10, 2), (4, 10, 2), (3, 13, 2), (4, 9, 3))  # ranks, experts, redundant experts
 SAMPLES = 3
 GAP = 1e-4  # the solver stops this near to its proof
 
@@ -95,9 +90,7 @@ def optimum(x: NDArray[np.float64], ranks: int, slots: int, limit: float) -> tup
     solved = milp(
         cost,
         constraints=LinearConstraint(
-            csr_array((factors, (rows, columns)), shape=(len(entries), size)),
-            least,
-            most,
+            csr_array((factors, (rows, columns)), shape=(len(entries), size)), least, most
         ),
         bounds=Bounds(low, high),
         integrality=(np.arange(size) < held.size).astype(int),
@@ -131,10 +124,7 @@ def main() -> None:
     arguments = parser.parse_args()
     instances = arguments.instances or (1 if arguments.short else 5)
     print(f"{SAMPLES} samples; mean PAR over {instances} instance(s) per row\n")
-    print(
-        "load      ranks experts slots | " + " ".join(f"{name:>8}" for name in POLICIES),
-        end="",
-    )
+    print("load      ranks experts slots | " + " ".join(f"{name:>8}" for name in POLICIES), end="")
     print("  optimum | flow above it: mean  worst  solver s")
     for ranks, experts, redundant in SIZES[: 2 if arguments.short else None]:
         slots = (experts + redundant) // ranks

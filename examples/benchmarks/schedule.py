@@ -289,13 +289,7 @@ def report(results: dict[str, list[tuple[Pair, Result]]]) -> bool:
         print(line("  transfers / least", transfers))
         print(line("  share received directly", [result.direct for _, result in rows]))
         print(line("  make_schedule, ms", [1e3 * r.seconds for _, r in rows], "{:.1f}"))
-        print(
-            line(
-                "  check_schedule, ms",
-                [1e3 * r.check_seconds for _, r in rows],
-                "{:.1f}",
-            )
-        )
+        print(line("  check_schedule, ms", [1e3 * r.check_seconds for _, r in rows], "{:.1f}"))
         met &= float(np.mean(rounds)) <= ROUNDS_BAR and max(transfers) <= TRANSFERS_BAR
     return met
 

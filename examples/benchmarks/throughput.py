@@ -92,10 +92,7 @@ def run(rank: int, rendezvous: str, args: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(1 + rank)
     still = torch_eplb.wrap(Model(args.layers), policy="static")
     moving = torch_eplb.wrap(
-        Model(args.layers),
-        num_redundant_experts=2,
-        collect_interval=24,
-        plan_interval=2,
+        Model(args.layers), num_redundant_experts=2, collect_interval=24, plan_interval=2
     )
     hidden = torch.randn(args.tokens, HIDDEN, generator=generator)
     skewed = popularity[:, None].expand(-1, args.tokens, -1)

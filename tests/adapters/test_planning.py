@@ -79,9 +79,7 @@ def test_layers_without_load_stay_as_they_are() -> None:
     assert np.array_equal(plan(dense).experts[0], START.experts[0])
 
 
-def test_a_policy_that_raises_leaves_the_live_map(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_policy_that_raises_leaves_the_live_map(caplog: pytest.LogCaptureFixture) -> None:
     table = np.roll(START.experts.reshape(LAYERS, -1), SLOTS, axis=1)
     with caplog.at_level(logging.ERROR, "torch_eplb"):
         kept = plan(LOAD, table, policy=explode)
@@ -106,11 +104,7 @@ def test_groups_stay_on_nodes_where_they_fill_them() -> None:
     [
         (LOAD[0, 0], {}, r"got shape \[16\]"),
         (LOAD, {"num_slots": 18}, "18 slots must divide evenly over 4 ranks"),
-        (
-            LOAD,
-            {"num_slots": 12},
-            "12 slots must divide evenly over 4 ranks and hold 16 experts",
-        ),
+        (LOAD, {"num_slots": 12}, "12 slots must divide evenly over 4 ranks and hold 16 experts"),
         (LOAD, {"num_ranks": 0}, "0 ranks"),
     ],
 )
@@ -134,9 +128,7 @@ def test_a_planner_can_be_pickled() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_any_table_becomes_a_placement_that_keeps_what_it_can(
-    data: st.DataObject,
-) -> None:
+def test_any_table_becomes_a_placement_that_keeps_what_it_can(data: st.DataObject) -> None:
     experts = data.draw(st.integers(1, 9))
     ranks = data.draw(st.integers(1, 4))
     slots = data.draw(st.integers(-(-experts // ranks), experts + 2))

@@ -20,9 +20,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     for module in (vllm_adapter, sglang_adapter):
         name = module.__name__.rpartition(".")[2]
         monkeypatch.setattr(
-            module,
-            "install",
-            lambda policy, name=name, **more: calls.append((name, policy, more)),
+            module, "install", lambda policy, name=name, **more: calls.append((name, policy, more))
         )
     return calls
 

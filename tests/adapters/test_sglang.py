@@ -122,9 +122,7 @@ def test_without_sglang_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> No
 # ---- the engine itself, where it is installed -------------------------------------------------
 
 
-def test_installed_in_sglang_it_answers_what_sglang_uses(
-    engine: Callable[..., Any],
-) -> None:
+def test_installed_in_sglang_it_answers_what_sglang_uses(engine: Callable[..., Any]) -> None:
     theirs = engine("sglang.srt.eplb.eplb_algorithms")
     assert list(inspect.signature(theirs.rebalance_experts).parameters) == list(
         inspect.signature(interface).parameters
@@ -136,9 +134,5 @@ def test_installed_in_sglang_it_answers_what_sglang_uses(
     assert theirs.rebalance_experts._theirs is original
     ours = call(theirs.rebalance_experts, theirs.EplbAlgorithm.deepseek)
     for mine, its in zip(ours, default, strict=True):
-        assert (mine.dtype, mine.ndim, mine.shape[:2]) == (
-            its.dtype,
-            its.ndim,
-            its.shape[:2],
-        )
+        assert (mine.dtype, mine.ndim, mine.shape[:2]) == (its.dtype, its.ndim, its.shape[:2])
     assert even_par(ours[0]) < even_par(default[0]) + 0.02

@@ -99,9 +99,7 @@ def test_options_reach_the_policy() -> None:
         adapter.policy_class("flow", target_par=0.5)
 
 
-def test_installing_stands_in_for_vllms_default(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_installing_stands_in_for_vllms_default(monkeypatch: pytest.MonkeyPatch) -> None:
     registry = {"default": object}
     for name in ("vllm", "vllm.distributed", "vllm.distributed.eplb"):
         package = types.ModuleType(name)
@@ -123,18 +121,14 @@ def test_without_vllm_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None
 # ---- the engine itself, where it is installed -------------------------------------------------
 
 
-def test_vllms_own_interface_is_the_one_written_down(
-    engine: Callable[..., Any],
-) -> None:
+def test_vllms_own_interface_is_the_one_written_down(engine: Callable[..., Any]) -> None:
     abstract = engine("vllm.distributed.eplb.policy.abstract").AbstractEplbPolicy
     theirs = abstract.rebalance_experts
     assert parameters(theirs) == parameters(AbstractEplbPolicy.rebalance_experts)
     assert issubclass(adapter.policy_class("flow"), abstract)
 
 
-def test_flow_moves_less_than_vllms_policy_and_balances_as_well(
-    engine: Callable[..., Any],
-) -> None:
+def test_flow_moves_less_than_vllms_policy_and_balances_as_well(engine: Callable[..., Any]) -> None:
     theirs = engine("vllm.distributed.eplb.policy.default").DefaultEplbPolicy
     arguments = (WEIGHT, RANKS * SLOTS, 1, 1, RANKS, OLD)
     default = theirs.rebalance_experts(*arguments)

@@ -54,9 +54,7 @@ def test_the_signature_is_vllm_ascends() -> None:
 
 
 @pytest.mark.parametrize("workload", [WORKLOAD, WORKLOAD.sum(0)], ids=["stages", "sums"])
-def test_the_answer_is_a_balanced_table_that_the_worker_takes(
-    workload: torch.Tensor,
-) -> None:
+def test_the_answer_is_a_balanced_table_that_the_worker_takes(workload: torch.Tensor) -> None:
     changed, priority, new = adapter.EplbPolicy("flow").rebalance_experts(TABLE, workload)
     assert changed == 1
     assert sorted(priority.tolist()) == list(range(LAYERS))

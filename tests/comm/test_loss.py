@@ -30,10 +30,7 @@ def test_a_second_loss_names_those_that_are_lost_then() -> None:
     with processes(2) as others:
         detector = LossDetector(BoundedStore(dist.HashStore(), 5.0), 0, 3, timeout=30)
         detector.watch(
-            [
-                own,
-                *(ProcessIdentity(own.machine, p.pid, _started(p.pid)) for p in others),
-            ]
+            [own, *(ProcessIdentity(own.machine, p.pid, _started(p.pid)) for p in others)]
         )
         lost = []
         for process in others:

@@ -41,9 +41,7 @@ def works(monkeypatch: pytest.MonkeyPatch) -> list[Late]:
     return works
 
 
-def test_a_device_transfer_has_finished_when_all_its_works_have(
-    works: list[Late],
-) -> None:
+def test_a_device_transfer_has_finished_when_all_its_works_have(works: list[Late]) -> None:
     operations: Any = [object(), object()]
     transfer = transport.DeviceTransfer(operations, 10.0, "round 3")
     assert not transfer.finished()
@@ -85,9 +83,7 @@ def test_a_batch_for_hccl_has_one_message_to_and_one_from_a_peer() -> None:
     assert transport.split_by_peer([]) == []
 
 
-def test_the_current_stream_waits_for_every_work_of_a_device_transfer(
-    works: list[Late],
-) -> None:
+def test_the_current_stream_waits_for_every_work_of_a_device_transfer(works: list[Late]) -> None:
     operations: Any = [object(), object()]
     transport.DeviceTransfer(operations, 10.0, "round 3").synchronize()
     assert [work.waited for work in works] == [1, 1]

@@ -57,18 +57,13 @@ def under_fsdp(rank: int, world_size: int, ignored: bool) -> None:
             torch.testing.assert_close(balancer(x), reference(x), atol=1e-5, rtol=1e-4)
     else:
         fully_shard(model)
-        with (
-            torch.no_grad(),
-            pytest.raises(ValueError, match="was replaced after wrapping"),
-        ):
+        with torch.no_grad(), pytest.raises(ValueError, match="was replaced after wrapping"):
             balancer(x)
     balancer.close()
 
 
 @pytest.mark.parametrize("ignored", [True, False])
-def test_fsdp_is_right_where_experts_are_ignored_and_refused_where_not(
-    ignored: bool,
-) -> None:
+def test_fsdp_is_right_where_experts_are_ignored_and_refused_where_not(ignored: bool) -> None:
     run_ranks(under_fsdp, 2, ignored)
 
 
@@ -86,10 +81,7 @@ def train(rank: int, world_size: int) -> None:
             parameter.requires_grad_(False)
         balancer(x).sum().backward()  # experts are frozen
         balancer.close()
-    for options in (
-        {"policy": "static"},
-        {"policy": "flow", "allow_training_with_moves": True},
-    ):
+    for options in ({"policy": "static"}, {"policy": "flow", "allow_training_with_moves": True}):
         balancer = torch_eplb.wrap(ToyModel(), timeout=30, **options)  # type: ignore[arg-type]
         balancer(x).sum().backward()
         assert all(p.grad is not None for p in balancer.expert_parameters())
@@ -114,10 +106,7 @@ def cast(rank: int, world_size: int) -> None:
             serve_until(lambda balancer=balancer: in_flight(balancer), balancer, rank)
             balancer.to(dtype)
             reference.to(dtype)
-            rebalances, x = (
-                balancer.stats().rebalances,
-                skewed_batch(6, 16, rank, dtype=dtype),
-            )
+            rebalances, x = balancer.stats().rebalances, skewed_batch(6, 16, rank, dtype=dtype)
             if not fits:
                 says = r"staging_bytes=1\d+ has no room .* was cast \(torch\.float64\)"
                 with pytest.raises(ValueError, match=says):
@@ -160,8 +149,7 @@ def test_adapters_that_are_added_after_wrapping_are_noticed_at_the_next_forward(
         with torch_eplb.wrap(ToyModel()) as balancer, torch.no_grad():
             balancer(torch.rand(2, 16))
             peft.get_peft_model(
-                balancer.module,
-                peft.LoraConfig(r=2, target_parameters=["experts.down_proj"]),
+                balancer.module, peft.LoraConfig(r=2, target_parameters=["experts.down_proj"])
             )
             with pytest.raises(ValueError, match="ParamWrapper 'default' was added to the experts"):
                 balancer(torch.rand(2, 16))

@@ -18,12 +18,7 @@ def serve(rank: int, world_size: int, cost: Any, choice: str, tokens: int) -> tu
     """Active experts on the busiest rank, and W."""
     model = ToyModel(2)
     reference = copy.deepcopy(model)
-    settings = {
-        **QUICK,
-        "num_redundant_experts": 8,
-        "cost": cost,
-        "replica_choice": choice,
-    }
+    settings = {**QUICK, "num_redundant_experts": 8, "cost": cost, "replica_choice": choice}
     balancer = torch_eplb.wrap(model, **settings)
     with torch.no_grad():
         for step in range(40):

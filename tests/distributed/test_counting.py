@@ -108,11 +108,7 @@ def test_a_layer_may_be_given_the_mask_itself(choice: Any) -> None:
     with fake_process_group(world_size=2):
         experts = MaskedExperts(8, 16, 4)
         with torch_eplb.wrap(experts, dispatch="external", replica_choice=choice) as balancer:
-            x, ids, weights = (
-                torch.zeros(4, 16),
-                torch.arange(8).view(4, 2),
-                torch.ones(4, 2),
-            )
+            x, ids, weights = torch.zeros(4, 16), torch.arange(8).view(4, 2), torch.ones(4, 2)
             mask = torch.tensor([True, False, True, True])
             experts(x, ids, weights, mask)
             experts(x, ids, weights, is_token=mask)
@@ -131,11 +127,7 @@ def test_a_compiled_model_counts_by_its_mask(choice: Any) -> None:
         experts = MaskedExperts(8, 16, 4)
         with torch_eplb.wrap(experts, dispatch="external", replica_choice=choice) as balancer:
             run = torch.compile(balancer, backend="aot_eager", fullgraph=True)
-            x, ids, weights = (
-                torch.zeros(4, 16),
-                torch.arange(8).view(4, 2),
-                torch.ones(4, 2),
-            )
+            x, ids, weights = torch.zeros(4, 16), torch.arange(8).view(4, 2), torch.ones(4, 2)
             with torch.no_grad():
                 for step in range(4):
                     mask = torch.arange(4) == step
@@ -146,10 +138,7 @@ def test_a_compiled_model_counts_by_its_mask(choice: Any) -> None:
 
 
 def test_a_mask_that_does_not_fit_is_refused() -> None:
-    with (
-        fake_process_group(world_size=2),
-        torch_eplb.wrap(MoELayer(8, 16, 8, 2)) as balancer,
-    ):
+    with fake_process_group(world_size=2), torch_eplb.wrap(MoELayer(8, 16, 8, 2)) as balancer:
         with pytest.raises(ValueError, match=r"layer experts: .* \(3, 2\) has 6 .* 5 tokens"):
             with balancer.tokens(torch.ones(3, 2, dtype=torch.bool)):
                 balancer(torch.zeros(5, 16))

@@ -25,11 +25,7 @@ from torch import nn
 
 import torch_eplb
 from torch_eplb import PlacementState, ShardedState
-from torch_eplb.files.expert_map import (
-    format_expert_map,
-    parse_expert_map,
-    write_expert_map,
-)
+from torch_eplb.files.expert_map import format_expert_map, parse_expert_map, write_expert_map
 from torch_eplb.state.dcp import choose_owners, find_runs
 
 

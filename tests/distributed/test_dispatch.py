@@ -114,10 +114,7 @@ class ExternalExperts(Experts):
     seen: torch.Tensor
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         self.seen = top_k_index
         return hidden_states
@@ -160,9 +157,7 @@ def external(rank: int, world_size: int, sharded: bool) -> None:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_an_external_layer_gets_physical_ids_that_match_the_weights(
-    sharded: bool,
-) -> None:
+def test_an_external_layer_gets_physical_ids_that_match_the_weights(sharded: bool) -> None:
     run_ranks(external, 2, sharded)
 
 

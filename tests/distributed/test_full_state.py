@@ -217,11 +217,7 @@ def refused(rank: int, world_size: int) -> None:
     fails({k: v for k, v in new.items() if k != key} | {"other": new[key]}, key, "'other'")
     fails(dict(model.state_dict()), key, "(5, 16, 8) (this rank's slots", "(8, 16, 8)")
     # One rank's mistake is every rank's error, and names the rank.
-    fails(
-        {**new, **({key: new[key][:7]} if rank == 1 else {})},
-        "rank 1: size mismatch",
-        "(7, 16,",
-    )
+    fails({**new, **({key: new[key][:7]} if rank == 1 else {})}, "rank 1: size mismatch", "(7, 16,")
     # Without strict, what is there is loaded and the rest is told.
     keys = balancer.load_state_dict({key: new[key], "other": new[key]}, strict=False)
     assert set(keys.missing_keys) == set(reference) - {key}

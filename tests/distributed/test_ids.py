@@ -26,10 +26,7 @@ class Masked(Experts):
     """Computes padding as nobody does: an id of -1 is skipped."""
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         kept = top_k_index >= 0
         return super().forward(
@@ -74,11 +71,7 @@ def serve(rank: int, world_size: int, dispatch: str, num_experts: int, dtype_nam
     for choice in CHOICES[dispatch]:
         model = Model(num_experts, dtype)
         reference = copy.deepcopy(model)
-        options: dict[str, Any] = {
-            **QUICK,
-            "dispatch": dispatch,
-            "replica_choice": choice,
-        }
+        options: dict[str, Any] = {**QUICK, "dispatch": dispatch, "replica_choice": choice}
         options["staging_bytes"] = "1MiB"
         with torch_eplb.wrap(model, **options) as balancer, torch.no_grad():
             step = counted = 0
@@ -126,10 +119,7 @@ class Remembers(Experts):
     seen: torch.Tensor
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         self.seen = top_k_index
         return hidden_states

@@ -17,11 +17,7 @@ import torch_eplb
 from torch_eplb.testing import fake_process_group
 
 HIDDEN = 16
-FAMILIES = {
-    "GptOss": "gpt_oss",
-    "NemotronH": "nemotron_h",
-    "LongcatFlash": "longcat_flash",
-}
+FAMILIES = {"GptOss": "gpt_oss", "NemotronH": "nemotron_h", "LongcatFlash": "longcat_flash"}
 
 
 def code_of(name: str) -> str:
@@ -59,10 +55,7 @@ class Standing(Experts):
     """Returns ``[N, 1, H]``, as a product of matrices in batches does."""
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         return super().forward(hidden_states, top_k_index, top_k_weights).unsqueeze(1)
 
@@ -103,11 +96,7 @@ def all_kinds(rank: int, world_size: int) -> None:
         torch.manual_seed(0)
         model = Kinds()
         reference = copy.deepcopy(model)
-        options: Any = {
-            **QUICK,
-            "dispatch": dispatch,
-            "allow_training_with_moves": True,
-        }
+        options: Any = {**QUICK, "dispatch": dispatch, "allow_training_with_moves": True}
         balancer = torch_eplb.wrap(model, **options)
         step = 0
         while balancer.stats().rebalances < 4:
@@ -152,10 +141,7 @@ class Remembers(nn.Module):
         self.seen = torch.empty(0)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         self.seen = top_k_index
         return hidden_states

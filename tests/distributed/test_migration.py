@@ -40,10 +40,7 @@ class MixedExperts(nn.Module):
         self.register_buffer("scale", code.view(-1).double())
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         return hidden_states
 
@@ -133,13 +130,7 @@ def random_placement(generator: np.random.Generator, world_size: int, slots: int
 
 
 def many_rebalances(
-    rank: int,
-    world_size: int,
-    slots: int,
-    staging: int,
-    direct: bool,
-    verify: bool,
-    times: int,
+    rank: int, world_size: int, slots: int, staging: int, direct: bool, verify: bool, times: int
 ) -> tuple[int, int, int]:
     world = World(world_size, slots, staging, verify)
     generator = np.random.default_rng(7)
@@ -235,9 +226,7 @@ def damaged_transfer(rank: int, world_size: int, direct: bool) -> None:
 
 
 @pytest.mark.parametrize("direct", [False, True])
-def test_a_round_that_fails_its_checksum_leaves_the_placement_as_it_was(
-    direct: bool,
-) -> None:
+def test_a_round_that_fails_its_checksum_leaves_the_placement_as_it_was(direct: bool) -> None:
     run_ranks(damaged_transfer, 2, direct)
 
 

@@ -137,11 +137,7 @@ def serve_on_three_nodes(rank: int, world_size: int) -> list[int]:
     for num_nodes in (3, 1):
         # Every node has every expert once.
         balancer = torch_eplb.wrap(
-            ToyModel(),
-            num_redundant_experts=16,
-            policy="static",
-            num_nodes=num_nodes,
-            timeout=30,
+            ToyModel(), num_redundant_experts=16, policy="static", num_nodes=num_nodes, timeout=30
         )
         with torch.no_grad():
             for step in range(10):

@@ -24,12 +24,7 @@ def serve(rank: int, world_size: int, options: dict[str, Any]) -> dict[str, Any]
     )
     moving = rows = 0
     balancer = torch_eplb.wrap(
-        model,
-        collect_interval=6,
-        plan_interval=1,
-        policy="random",
-        timeout=30,
-        **options,
+        model, collect_interval=6, plan_interval=1, policy="random", timeout=30, **options
     )
     choices: list[torch.Tensor] = []
     for layer in model.layers:

@@ -36,10 +36,7 @@ class CodedExperts(nn.Module):
         self.register_buffer("down", (-1 - code * LAYERS - layer).repeat(1, 2 * layer + 2))
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         return hidden_states
 
@@ -71,9 +68,7 @@ class FakeRank:
         for layer, full in zip(range(LAYERS), self.full, strict=True):
             experts = torch.from_numpy(placement.experts[layer, self.comm.rank].copy()).long()
             for name, tensor in zip(
-                self.layers[layer].tensor_names,
-                self.layers[layer].tensors(),
-                strict=True,
+                self.layers[layer].tensor_names, self.layers[layer].tensors(), strict=True
             ):
                 yield tensor, getattr(full, name)[experts]
 
@@ -171,10 +166,7 @@ def test_a_wrapped_model_runs_a_whole_rebalance_in_one_process(world_size: int, 
         moved = before.held() != balancer.placement.held()  # [layers, experts, ranks]
         arrived = (moved & balancer.placement.held())[:, :, rank].sum(axis=1)
         assert stats.bytes_received == int(arrived @ np.array(layer_bytes)) > 0
-        for kind, total in (
-            ("send", stats.bytes_sent),
-            ("receive", stats.bytes_received),
-        ):
+        for kind, total in (("send", stats.bytes_sent), ("receive", stats.bytes_received)):
             operations = [operation for operation in posted if operation.kind == kind]
             assert sum(operation.nbytes for operation in operations) == total
             assert all(operation.peer != rank for operation in operations)

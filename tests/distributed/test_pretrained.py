@@ -14,14 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from support.models import ToyModel, skewed_batch
-from support.moving import (
-    CLOSE,
-    Ordinary,
-    assert_every_slot,
-    in_flight,
-    serve_until,
-    wrap,
-)
+from support.moving import CLOSE, Ordinary, assert_every_slot, in_flight, serve_until, wrap
 from support.ranks import preload, run_ranks
 from torch import nn
 
@@ -48,11 +41,7 @@ SIZES: dict[str, Any] = {
 }
 MODELS: dict[str, dict[str, Any]] = {
     # Every expert by itself, under the module's own path; tied embeddings.
-    "qwen3_moe": {
-        "num_experts": 8,
-        "moe_intermediate_size": 16,
-        "tie_word_embeddings": True,
-    },
+    "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 16, "tie_word_embeddings": True},
     # Under another path and other names.
     "mixtral": {"num_local_experts": 8, "intermediate_size": 24},
     # Fused, transposed, with biases.
@@ -82,9 +71,7 @@ def generate(rank: int, world_size: int, folder: str) -> None:
         ):
             assert torch.equal(ours, theirs), (name, key)
         for (key, ours), theirs in zip(
-            balancer.module.named_buffers(),
-            dict(reference.named_buffers()).values(),
-            strict=True,
+            balancer.module.named_buffers(), dict(reference.named_buffers()).values(), strict=True
         ):
             assert torch.equal(ours, theirs), (name, key)
         tied = balancer.module.lm_head.weight is balancer.module.model.embed_tokens.weight
@@ -101,9 +88,7 @@ def generate(rank: int, world_size: int, folder: str) -> None:
         balancer.close()
 
 
-def test_greedy_tokens_equal_those_of_the_model_loaded_the_ordinary_way(
-    tmp_path: Path,
-) -> None:
+def test_greedy_tokens_equal_those_of_the_model_loaded_the_ordinary_way(tmp_path: Path) -> None:
     for name in MODELS:
         model = on_meta(name)
         torch.manual_seed(0)
@@ -118,12 +103,7 @@ def test_greedy_tokens_equal_those_of_the_model_loaded_the_ordinary_way(
 
 # ---- memory -------------------------------------------------------------------------------------
 
-LARGE: dict[str, Any] = {
-    "num_layers": 2,
-    "num_experts": 16,
-    "hidden": 256,
-    "width": 1024,
-}
+LARGE: dict[str, Any] = {"num_layers": 2, "num_experts": 16, "hidden": 256, "width": 1024}
 MiB = 2**20
 
 
@@ -249,9 +229,7 @@ def into_meta_and_over(rank: int, world_size: int, folder: str, path: str) -> No
     balancer.close()
 
 
-def test_checkpoints_of_other_names_fill_models_with_and_without_weights(
-    tmp_path: Path,
-) -> None:
+def test_checkpoints_of_other_names_fill_models_with_and_without_weights(tmp_path: Path) -> None:
     model = Masked(seed=5)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     dcp.save({"model": state}, checkpoint_id=tmp_path / "dcp", no_dist=True)
@@ -280,14 +258,8 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(tmp_path: Path) -> Non
     cases: list[tuple[dict[str, torch.Tensor], tuple[str, ...]]] = [
         ({**good, "more": torch.ones(1)}, ("unknown: more",)),
         (split, (f"missing: {down}, expert 7", "layers.0.experts.7.down_proj.weight")),
-        (
-            {**good, down: good[down][:, :8].clone()},
-            (f"shape: {down}", "(8, 8, 8)", "(8, 16, 8)"),
-        ),
-        (
-            {**good, scale: torch.ones(8, dtype=torch.uint8)},
-            (f"dtype: {scale} has U8", "F32"),
-        ),
+        ({**good, down: good[down][:, :8].clone()}, (f"shape: {down}", "(8, 8, 8)", "(8, 16, 8)")),
+        ({**good, scale: torch.ones(8, dtype=torch.uint8)}, (f"dtype: {scale} has U8", "F32")),
     ]
     model = ToyModel()
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -305,8 +277,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(tmp_path: Path) -> Non
         # Unknown tensors can be ignored; floats are converted.
         load_pretrained(balancer, tmp_path / "0", strict=False)
         save_file(
-            {key: value.double() for key, value in good.items()},
-            folder / "model.safetensors",
+            {key: value.double() for key, value in good.items()}, folder / "model.safetensors"
         )
         load_pretrained(balancer, folder)
         for key, value in model.state_dict().items():
@@ -322,18 +293,12 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
             with pytest.raises(kind, match=says):
                 load_pretrained(balancer, tmp_path)
 
-        fails(
-            ValueError,
-            r"neither model\.safetensors\.index\.json nor model\.safetensors",
-        )
+        fails(ValueError, r"neither model\.safetensors\.index\.json nor model\.safetensors")
         (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
         fails(ValueError, r"model\.safetensors: is no whole safetensors file")
         for text in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../b"}}'):
             index.write_text(text)
-            fails(
-                ValueError,
-                r"is no index of a checkpoint|'\.\./b', which is not in its folder",
-            )
+            fails(ValueError, r"is no index of a checkpoint|'\.\./b', which is not in its folder")
         index.write_text(json.dumps({"weight_map": dict.fromkeys(state, "absent.safetensors")}))
         fails(FileNotFoundError, r"absent\.safetensors: is missing")
         save_file({"other": torch.ones(1)}, tmp_path / "model.safetensors")
@@ -344,9 +309,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
         fails(ValueError, "is not a regular file")
 
 
-def test_a_buffer_that_nothing_can_compute_is_named_with_the_remedy(
-    tmp_path: Path,
-) -> None:
+def test_a_buffer_that_nothing_can_compute_is_named_with_the_remedy(tmp_path: Path) -> None:
     reference = Ordinary(seed=1)
     state = {k: v.clone() for k, v in reference.state_dict().items() if k != "tied.weight"}
     save_file(state, tmp_path / "model.safetensors")

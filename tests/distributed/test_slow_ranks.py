@@ -100,10 +100,7 @@ class ExternalExperts(Experts):
     """Talks to no other rank, so that ranks need not be in the same forward."""
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         return hidden_states
 
@@ -141,8 +138,7 @@ def bytes_per_round(
 ) -> tuple[int, list[int]]:
     """Bytes of an expert, and what this rank sent in each round of one rebalance."""
     balancer = torch_eplb.wrap(
-        ToyModel(num_experts=16),
-        **{**QUICK, "overlap": overlap, "num_redundant_experts": 0},
+        ToyModel(num_experts=16), **{**QUICK, "overlap": overlap, "num_redundant_experts": 0}
     )
     expert_bytes = balancer.stats().staging_bytes
     balancer.unwrap()

@@ -25,16 +25,8 @@ SIZES = {
     "pad_token_id": None,
 }
 MODELS: dict[str, dict[str, Any]] = {
-    "qwen3_moe": {
-        "num_experts": 8,
-        "num_experts_per_tok": 3,
-        "moe_intermediate_size": 16,
-    },
-    "mixtral": {
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "intermediate_size": 24,
-    },
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24},
     "olmoe": {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 16},
     "gpt_oss": {
         "num_local_experts": 8,

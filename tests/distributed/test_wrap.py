@@ -33,33 +33,13 @@ def differing(rank: int, world_size: int) -> None:
             {"collect_interval": 600 + (rank == 1)},
             ["collect_interval", "600", "601 on rank 1"],
         ),
-        (
-            ToyModel(hidden=16 + 8 * (rank == 2)),
-            {},
-            ["layers.0.experts", "(16, 24)", "on rank 2"],
-        ),
-        (
-            model,
-            {"timeout": "soon"} if rank == 0 else {},
-            ["timeout", "must be a number"],
-        ),
+        (ToyModel(hidden=16 + 8 * (rank == 2)), {}, ["layers.0.experts", "(16, 24)", "on rank 2"]),
+        (model, {"timeout": "soon"} if rank == 0 else {}, ["timeout", "must be a number"]),
         (torch.nn.Linear(2, 2) if rank == 1 else model, {}, ["no MoE layer"]),
         (model, {"nonsense": 1} if rank == 1 else {}, ["has no argument nonsense"]),
-        (
-            model,
-            {"num_redundant_experts": 2},
-            ["num_redundant_experts=2", "use 1, 4, 7"],
-        ),
-        (
-            ToyModel(2 + (rank == 1)),
-            {},
-            ["number of MoE layers", "2 on ranks 0, 2", "3 on rank 1"],
-        ),
-        (
-            model.double() if rank == 2 else model,
-            {},
-            ["layers.0.experts", "float64", "on rank 2"],
-        ),
+        (model, {"num_redundant_experts": 2}, ["num_redundant_experts=2", "use 1, 4, 7"]),
+        (ToyModel(2 + (rank == 1)), {}, ["number of MoE layers", "2 on ranks 0, 2", "3 on rank 1"]),
+        (model.double() if rank == 2 else model, {}, ["layers.0.experts", "float64", "on rank 2"]),
         (Unreadable() if rank == 1 else model, {}, ["cannot be read"]),
     ]
     for model_, options, says in cases:
@@ -73,12 +53,7 @@ def differing(rank: int, world_size: int) -> None:
         torch.__version__, setup.__version__ = "9.8.7", "6.5"  # type: ignore[assignment]
     with pytest.raises(ValueError, match="differ in") as caught:
         torch_eplb.wrap(model, num_redundant_experts=1, timeout=20)
-    for text in (
-        "torch version",
-        "9.8.7 on rank 1",
-        "torch_eplb version",
-        "6.5 on rank 1",
-    ):
+    for text in ("torch version", "9.8.7 on rank 1", "torch_eplb version", "6.5 on rank 1"):
         assert text in str(caught.value), str(caught.value)
     torch.__version__, setup.__version__ = versions  # type: ignore[assignment]
     # Nothing was changed: the model can still be wrapped.
@@ -221,10 +196,7 @@ def test_without_a_process_group_the_remedy_is_named() -> None:
 def test_what_does_not_fit_the_model_is_refused_with_numbers(
     options: dict[str, Any], says: str
 ) -> None:
-    with (
-        fake_process_group(world_size=4),
-        pytest.raises((ValueError, OSError), match=says),
-    ):
+    with fake_process_group(world_size=4), pytest.raises((ValueError, OSError), match=says):
         torch_eplb.wrap(ToyModel(), **options)
 
 
@@ -245,10 +217,7 @@ def test_a_model_without_memory_does_nothing_until_it_has_its_weights() -> None:
 def test_a_model_with_only_some_experts_in_memory_is_refused() -> None:
     model = ToyModel()
     model.layers[1].experts.to("meta")
-    with (
-        fake_process_group(world_size=2),
-        pytest.raises(ValueError, match="on one device"),
-    ):
+    with fake_process_group(world_size=2), pytest.raises(ValueError, match="on one device"):
         torch_eplb.wrap(model)
 
 
@@ -266,10 +235,7 @@ def test_sharded_experts_need_a_layer_that_dispatches_by_itself() -> None:
     register_layer(Sharded, tensors=names)
     for name in names:
         setattr(experts, name, torch.nn.Parameter(getattr(experts, name)[:4].detach()))
-    with (
-        fake_process_group(world_size=2),
-        pytest.raises(ValueError, match="sharded already"),
-    ):
+    with fake_process_group(world_size=2), pytest.raises(ValueError, match="sharded already"):
         torch_eplb.wrap(model)
 
 
@@ -278,10 +244,7 @@ def test_an_expert_is_seen_where_it_is_and_nowhere_else(tmp_path: Path) -> None:
     original = {name: t.clone() for name, t in model.layers[0].experts.state_dict().items()}
     placement = torch_eplb.Placement(np.array([[[7, 1, 3, 5], [0, 2, 4, 6]]]), 8)
     write_expert_map(tmp_path / "map.json", placement)
-    with (
-        fake_process_group(2),
-        torch_eplb.wrap(model, expert_map=tmp_path / "map.json") as wrapped,
-    ):
+    with fake_process_group(2), torch_eplb.wrap(model, expert_map=tmp_path / "map.json") as wrapped:
         assert wrapped.expert(0, 2) == {}
         for name, tensor in wrapped.expert(0, 7).items():
             assert torch.equal(tensor, original[name][7])

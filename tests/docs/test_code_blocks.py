@@ -86,23 +86,14 @@ def run_program(block: Block, folder: Path) -> None:
     code = (PRELUDES[setup] if setup and without_device else "") + code
     if "into" in block.words or "launched" in block.words:
         with socket.create_server(("localhost", 0)) as server:
-            address = {
-                "MASTER_ADDR": "localhost",
-                "MASTER_PORT": str(server.getsockname()[1]),
-            }
+            address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(server.getsockname()[1])}
         codes = [(code, f"{block}'s program", 1)]
         run_ranks(run_blocks, ranks, codes, "nothing", str(folder), address, backend="")
         return
     path = folder / (block.word("file") or "program.py")
     path.write_text(code)
     output = run(
-        *(
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(ranks),
-        ),
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),
         str(path),
         cwd=folder,
         environment={"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
@@ -164,10 +155,7 @@ FENCE = "```"
         (f"{FENCE}\nx = 1\n{FENCE}\n", "no test knows the language ''"),
         (f"{FENCE}cobol\n{FENCE}\n", "no test knows the language 'cobol'"),
         (f"<!-- test: alone, dance -->\n{FENCE}python\n{FENCE}\n", "unknown .*: dance"),
-        (
-            f"<!-- test: alone, ranks=2 -->\n{FENCE}python\n{FENCE}\n",
-            "say how it is tested",
-        ),
+        (f"<!-- test: alone, ranks=2 -->\n{FENCE}python\n{FENCE}\n", "say how it is tested"),
         ("<!-- test: alone -->\n\nA sentence.\n", "page.md:1: .* no block of code"),
         ("<!-- test: alone -->\n", "no block of code"),
         ("A sentence.\n\n    python x.py\n", "page.md:3: code is fenced"),
@@ -217,10 +205,7 @@ def test_a_part_of_a_program_takes_the_place_of_the_lines_that_it_begins_and_end
     ("code", "message"),
     [
         ("python examples/no_such.py", "no_such.py does not exist"),
-        (
-            "python examples/benchmarks/planning.py --no-such",
-            "unrecognized arguments: --no-such",
-        ),
+        ("python examples/benchmarks/planning.py --no-such", "unrecognized arguments: --no-such"),
         ("python -m torch_eplb plan a.npz --ranks 2", "arguments are required: --out"),
         ("python -m torch_eplb simulate examples/data/no.npz", "no.npz does not exist"),
         ("python -m tox -e no_such", "has no environment no_such"),
@@ -229,10 +214,7 @@ def test_a_part_of_a_program_takes_the_place_of_the_lines_that_it_begins_and_end
         ("python -m tox -e demo -- --no-such", "unrecognized arguments: --no-such"),
         ("python -m pip install no_such", "does not name no_such"),
         ("python -m pip install torch-eplb[no_such]", "no_such"),
-        (
-            "torchrun --nproc-per-node 2 no_such.py",
-            "no block of the page is no_such.py",
-        ),
+        ("torchrun --nproc-per-node 2 no_such.py", "no block of the page is no_such.py"),
         ("torchrun --nproc-per-node 3 quick.py", "other ranks"),
         ("NO_SUCH=1 python -m tox", "nothing reads the variable NO_SUCH"),
         ("python -m no_such", "no check knows python -m no_such"),

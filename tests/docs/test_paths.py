@@ -101,10 +101,6 @@ def test_a_path_that_is_not_there_is_found() -> None:
         "`torch_eplb/balancer.py` and `torch_eplb/comm.py`, `tests/planner`, `tests/planning`, "
         "`cycle.py`, `tox.ini`; see tests/support/pages.py. Not https://example.org/x/y.py\n"
     )
-    assert missing_paths(text, "README.md") == [
-        "cycle.py",
-        "tests/planning",
-        "torch_eplb/comm.py",
-    ]
+    assert missing_paths(text, "README.md") == ["cycle.py", "tests/planning", "torch_eplb/comm.py"]
     foreign = f"{FOREIGN}\n\n`core/worker.py`, `torch_eplb/comm.py`\n"
     assert missing_paths(foreign, "README.md") == ["torch_eplb/comm.py"]

@@ -110,10 +110,7 @@ def test_an_exporter_that_fails_is_said_once_and_tried_again(
 
     exporter = Failing()
     source = Running()
-    with (
-        caplog.at_level(logging.WARNING, "torch_eplb"),
-        attach(source, exporter, every=0.01),
-    ):
+    with caplog.at_level(logging.WARNING, "torch_eplb"), attach(source, exporter, every=0.01):
         for _ in range(5):
             wait(exporter.came)
     warnings = [record.getMessage() for record in caplog.records]
@@ -167,8 +164,7 @@ def test_a_thread_that_an_exporter_holds_up_is_not_waited_for() -> None:
 
 
 @pytest.mark.parametrize(
-    "every",
-    [0, -1, "0 steps", "1.5 steps", "soon", "10 parsecs", "", "nan", float("inf")],
+    "every", [0, -1, "0 steps", "1.5 steps", "soon", "10 parsecs", "", "nan", float("inf")]
 )
 def test_what_is_no_interval_is_an_error(every: Any) -> None:
     with pytest.raises(ValueError, match='is no interval; write seconds, "10s", "5min" or "500'):

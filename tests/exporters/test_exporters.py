@@ -152,10 +152,7 @@ def test_opentelemetrys_sdk_reads_every_series_back() -> None:
     found = {}
     for metric in data.resource_metrics[0].scope_metrics[0].metrics:
         for point in metric.data.data_points:
-            found[metric.name, frozenset(point.attributes.items())] = (
-                point.value,
-                metric.unit,
-            )
+            found[metric.name, frozenset(point.attributes.items())] = (point.value, metric.unit)
     expected = {}
     for point in series(taken()):
         labels = dict(zip(point.metric.labels, point.labels, strict=True), rank=1, model="large")
@@ -169,9 +166,7 @@ def test_opentelemetrys_sdk_reads_every_series_back() -> None:
 # ---- TensorBoard ------------------------------------------------------------------------------
 
 
-def test_tensorboard_reads_scalars_distributions_and_pictures_back(
-    tmp_path: Path,
-) -> None:
+def test_tensorboard_reads_scalars_distributions_and_pictures_back(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -190,11 +185,7 @@ def test_tensorboard_reads_scalars_distributions_and_pictures_back(
     )
     events.Reload()
     steps = [(e.step, e.value) for e in events.Scalars("eplb/par_measured_mean_ratio")]
-    assert steps == [
-        (1234, 1.25),
-        (1300, pytest.approx(1.1)),
-        (1400, pytest.approx(1.1)),
-    ]
+    assert steps == [(1234, 1.25), (1300, pytest.approx(1.1)), (1400, pytest.approx(1.1))]
     assert [e.value for e in events.Scalars("eplb/received_bytes_total")] == [2.0**21] * 3
     histogram = events.Histograms("eplb/par_measured_ratio")[0].histogram_value
     assert (histogram.num, histogram.max) == (3, 1.5)
@@ -287,10 +278,7 @@ def test_several_balancers_can_share_a_file(tmp_path: Path) -> None:
     path = tmp_path / "stats.jsonl"
     draft = Running()
     draft.window = (LOAD + 5, RANK_LOAD + 5)
-    shots = [
-        taken(labels={"model": "large"}),
-        taken(draft, labels={"model": "draft"}),
-    ] * 2
+    shots = [taken(labels={"model": "large"}), taken(draft, labels={"model": "draft"})] * 2
     exporter = JsonLinesExporter(path)
     for shot in shots:
         exporter.export(shot)
@@ -308,10 +296,7 @@ def test_a_file_is_continued_and_every_run_stands_for_itself(tmp_path: Path) -> 
         exporter = JsonLinesExporter(path)
         exporter.export(taken())
         exporter.close()
-    assert ["load" in json.loads(line) for line in path.read_text().splitlines()] == [
-        True,
-        True,
-    ]
+    assert ["load" in json.loads(line) for line in path.read_text().splitlines()] == [True, True]
 
 
 def test_a_bound_on_size_starts_a_new_file(tmp_path: Path) -> None:
@@ -321,10 +306,7 @@ def test_a_bound_on_size_starts_a_new_file(tmp_path: Path) -> None:
         exporter.export(taken(Running(step=step)))
     exporter.close()
     assert path.stat().st_size <= 3000
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "stats.jsonl",
-        "stats.jsonl.1",
-    ]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["stats.jsonl", "stats.jsonl.1"]
     last = read_snapshots(path)
     assert last[-1].stats["step"] == 19
     assert last[0].load is not None
@@ -351,22 +333,13 @@ def test_a_line_that_is_being_written_is_left_for_later(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (
-            "",
-            "holds no snapshot; name a file that torch_eplb.exporters.JsonLinesExporter wrote",
-        ),
+        ("", "holds no snapshot; name a file that torch_eplb.exporters.JsonLinesExporter wrote"),
         ("hello\n", "holds a line that is no snapshot"),
         ('{"torch_eplb": 2}\n', "version 2"),
         ('{"step": 1}\n', "no 'torch_eplb'"),
         ('{"torch_eplb": 1, "time": 0, "rank": 0}\n', "no 'stats'"),
-        (
-            '{"torch_eplb": 1, "time": 0, "rank": 0, "stats": {"step": 1}}\n',
-            "no 'stage'",
-        ),
-        (
-            '{"torch_eplb": 1, "rank": 0, "load": [[1, -1]]}\n',
-            "an array is int64 of the shape",
-        ),
+        ('{"torch_eplb": 1, "time": 0, "rank": 0, "stats": {"step": 1}}\n', "no 'stage'"),
+        ('{"torch_eplb": 1, "rank": 0, "load": [[1, -1]]}\n', "an array is int64 of the shape"),
         ("[" * 100000 + "\n", "holds a line that is no snapshot"),
     ],
 )

@@ -51,11 +51,7 @@ def test_values_are_those_of_the_balancer() -> None:
     assert taken.rank == 3
     assert values(taken, "steps_total") == {(): 1234.0}
     assert values(taken, "stage") == {("collecting load",): 1.0}
-    assert values(taken, "par_measured_ratio") == {
-        ("0",): 1.5,
-        ("1",): 1.25,
-        ("2",): 1.0,
-    }
+    assert values(taken, "par_measured_ratio") == {("0",): 1.5, ("1",): 1.25, ("2",): 1.0}
     assert values(taken, "par_measured_mean_ratio") == {(): 1.25}
     assert values(taken, "par_predicted_max_ratio") == {(): 1.02}
     assert values(taken, "par_now_mean_ratio") == {(): 1.5}
@@ -80,10 +76,7 @@ def test_active_experts_are_slots_whose_expert_got_tokens() -> None:
     load[0, :4] = 0  # rank 0 has experts 0..4, rank 1 has 5, 6, 7, 0, 1
     source.window = (load, RANK_LOAD)
     taken = snapshot(source)  # type: ignore[arg-type]
-    assert values(taken, "active_experts") == {
-        ("0",): (1 + 5 + 5) / 3,
-        ("1",): (3 + 5 + 5) / 3,
-    }
+    assert values(taken, "active_experts") == {("0",): (1 + 5 + 5) / 3, ("1",): (3 + 5 + 5) / 3}
 
 
 def test_what_is_not_known_yet_is_left_out() -> None:

@@ -52,10 +52,7 @@ def test_troubles_stand_at_the_top() -> None:
         STATS, stalled="moving experts for 1000 steps", disabled="lost rank 2"
     )
     lines = report(ill, Running().placement).splitlines()
-    assert lines[2:4] == [
-        "STALLED: moving experts for 1000 steps",
-        "OFF FOR GOOD: lost rank 2",
-    ]
+    assert lines[2:4] == ["STALLED: moving experts for 1000 steps", "OFF FOR GOOD: lost rank 2"]
 
 
 def test_of_many_layers_the_worst_are_shown_and_lines_are_short() -> None:

@@ -105,10 +105,7 @@ def on_one_rank(rank: int, world_size: int, choice: str, overlap: bool) -> tuple
             x = skewed_batch(12, 16, 10 * step + rank)
             where = {2: "before any layer", 4: "router"}.get(step % 5)
             if where is not None and rank == 1:
-                with (
-                    raising(places(model)[where]) as error,
-                    pytest.raises(OwnError) as caught,
-                ):
+                with raising(places(model)[where]) as error, pytest.raises(OwnError) as caught:
                     balancer(x)
                 assert caught.value is error
             if where == "router":

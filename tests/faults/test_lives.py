@@ -40,10 +40,7 @@ def forked(rank: int, world_size: int, dispatch: str) -> int:
             balancer.unwrap,
         ]
         if balancer.engine.is_open:
-            uses += [
-                balancer.step,
-                lambda: balancer.load_state_dict(reference.state_dict()),
-            ]
+            uses += [balancer.step, lambda: balancer.load_state_dict(reference.state_dict())]
         for refused in uses:
             with pytest.raises(torch_eplb.EPLBError, match=r"was forked from .* unwrap"):
                 refused()

@@ -236,14 +236,8 @@ def test_a_planner_that_ends_or_hangs_is_replaced(start, policies, what: str, ca
         ("negative", "answer refused: "),
         ("too_small", "answer refused: "),
         ("other_sizes", "answer refused: "),
-        (
-            "uncovered",
-            "policy raised ValueError: layer 0: expert 1 has no slot on any rank",
-        ),
-        (
-            "uncovered_array",
-            "answer refused: the policy's placement is wrong: layer 0: expert 1 ",
-        ),
+        ("uncovered", "policy raised ValueError: layer 0: expert 1 has no slot on any rank"),
+        ("uncovered_array", "answer refused: the policy's placement is wrong: layer 0: expert 1 "),
     ],
 )
 def test_a_policy_that_goes_wrong_costs_one_request_and_nothing_else(
@@ -304,9 +298,7 @@ def test_a_planner_stopped_while_idle_is_replaced_at_the_next_request(start) -> 
     wait_for(lambda: plan_of(ask(planner, 3)) and not psutil.pid_exists(pid))
 
 
-def test_a_request_too_large_for_a_stopped_planners_socket_does_not_block(
-    start,
-) -> None:
+def test_a_request_too_large_for_a_stopped_planners_socket_does_not_block(start) -> None:
     planner = start()
     plan_of(ask(planner))
     os.kill(planner.pid, signal.SIGSTOP)
@@ -342,20 +334,11 @@ def test_closing_ends_a_stopped_planner(start) -> None:
     ("source", "cause"),
     [
         ("sock.sendall(b'HTTP/1.1 400 Bad Request' * 10)", "no frame starts with"),
-        (
-            "ready(); receive(); sock.sendall(os.urandom(1 << 20))",
-            "no frame starts with",
-        ),
-        (
-            "send(Frame(Kind.READY, {}, {'a': np.zeros(9)}))",
-            "a body of 72 bytes (limit 0)",
-        ),
+        ("ready(); receive(); sock.sendall(os.urandom(1 << 20))", "no frame starts with"),
+        ("send(Frame(Kind.READY, {}, {'a': np.zeros(9)}))", "a body of 72 bytes (limit 0)"),
         ("send(Frame(Kind.REPLY, {}))", "kind 4 does not belong here"),
         ("ready(); receive(); ready()", "kind 2 does not belong here"),
-        (
-            "ready(); receive(); send(Frame(Kind.REPLY, {}))",
-            "an answer to request None, not to 1",
-        ),
+        ("ready(); receive(); send(Frame(Kind.REPLY, {}))", "an answer to request None, not to 1"),
         ("ready(); reply(request_id=2)", "an answer to request 2, not to 1"),
         ("ready(); reply(request_id=True)", "an answer to request True, not to 1"),
         ("ready(); reply(plan_for=2)", "a plan for request 2, not for 1"),
@@ -363,42 +346,21 @@ def test_closing_ends_a_stopped_planner(start) -> None:
         ("ready(); reply(plan_seconds=np.nan)", "plan_seconds nan is not a duration"),
         ("ready(); reply(split=np.zeros(1 << 20))", "(limit "),
         ("ready(); reply(lambda words: None)", "an answer without plan"),
-        (
-            "ready(); reply(lambda words: words.astype('i4'))",
-            "plan must be <i8 of one dimension",
-        ),
-        (
-            "ready(); reply(lambda words: words[None])",
-            "plan must be <i8 of one dimension",
-        ),
-        (
-            "ready(); reply(lambda words: words[:36])",
-            "an array of 36 integers is no plan for",
-        ),
+        ("ready(); reply(lambda words: words.astype('i4'))", "plan must be <i8 of one dimension"),
+        ("ready(); reply(lambda words: words[None])", "plan must be <i8 of one dimension"),
+        ("ready(); reply(lambda words: words[:36])", "an array of 36 integers is no plan for"),
         ("ready(); reply(magic=7)", "integers is no plan for"),
         ("ready(); reply(split=np.full((2, 4, 2), np.nan))", "has the share nan"),
-        (
-            "ready(); reply(split=np.full((2, 4, 2), 1e300))",
-            "the shares of expert 0 sum to",
-        ),
-        (
-            "ready(); reply(split=np.zeros((2, 4, 2), int))",
-            "expert 0 sum to 0.0, not to 1",
-        ),
+        ("ready(); reply(split=np.full((2, 4, 2), 1e300))", "the shares of expert 0 sum to"),
+        ("ready(); reply(split=np.zeros((2, 4, 2), int))", "expert 0 sum to 0.0, not to 1"),
         ("ready(); reply(predicted_par=np.zeros(3))", "not a schedule"),
-        (
-            "ready(); reply(predicted_par=np.full(2, np.nan))",
-            "layer 0: predicted_par is nan",
-        ),
+        ("ready(); reply(predicted_par=np.full(2, np.nan))", "layer 0: predicted_par is nan"),
         ("ready(); reply(placement=np.zeros((2, 4, 2), 'i4'))", "expert 1 has no slot"),
         (
             "ready(); reply(placement=np.full((2, 4, 2), 1 << 62))",
             "is not one of the 6 experts",
         ),
-        (
-            "ready(); reply(placement=np.full((2, 4, 2), -1, 'i4'))",
-            "is not one of the 6 experts",
-        ),
+        ("ready(); reply(placement=np.full((2, 4, 2), -1, 'i4'))", "is not one of the 6 experts"),
         ("ready(); reply(schedule=np.arange(99))", "not a schedule"),
         ("ready(); reply(schedule=[])", "not a schedule"),
         (
@@ -406,10 +368,7 @@ def test_closing_ends_a_stopped_planner(start) -> None:
             "answer refused: a schedule of 4611686018427387904 rounds cannot have 2 numbers",
         ),
         ("ready(); reply(lambda words: words[:-1])", "the schedule is cut or too long"),
-        (
-            "ready(); reply_with_rounds(lambda r: r[:-1])",
-            "refused: after the last round layer",
-        ),
+        ("ready(); reply_with_rounds(lambda r: r[:-1])", "refused: after the last round layer"),
         ("ready(); reply_with_rounds(lambda r: r[1:])", "answer refused: round 0"),
         ("ready(); reply_with_rounds(in_one)", "answer refused: round 0"),
         (
@@ -423,10 +382,7 @@ def test_closing_ends_a_stopped_planner(start) -> None:
         ("ready(); reply_with_rounds(lambda r: r + r)", "answer refused: round "),
         ("receive(); os.close(sock.fileno())", "planner process closed its channel"),
         ("print('bad luck'); sys.exit(4)", "exited with status 4: bad luck"),
-        (
-            "raise ImportError('no numpy here')",
-            "exited with status 1: ImportError: no numpy here",
-        ),
+        ("raise ImportError('no numpy here')", "exited with status 1: ImportError: no numpy here"),
         ("os.kill(os.getpid(), 9)", "was killed by SIGKILL"),
         ("ready()", "planner process gave no answer within 0.5 s"),
     ],
@@ -446,9 +402,7 @@ def test_garbage_from_the_planner_is_a_fault_and_never_an_exception(
     assert planner.restarts == 1
 
 
-def test_a_planner_that_never_gets_ready_is_a_fault_even_without_a_request(
-    start,
-) -> None:
+def test_a_planner_that_never_gets_ready_is_a_fault_even_without_a_request(start) -> None:
     planner = start(timeout=0.5, _command=stand_in("pass"))
     fault = fault_of(wait_for(planner.poll))
     assert fault == PlannerFault(None, "planner process did not get ready within 0.5 s")
@@ -500,9 +454,7 @@ def test_a_planner_that_cannot_be_started_is_a_fault_of_every_attempt(start) -> 
     plan_of(ask(planner, 9))
 
 
-def test_the_pause_before_a_restart_grows_with_each_fault_and_shrinks_after_a_plan(
-    start,
-) -> None:
+def test_the_pause_before_a_restart_grows_with_each_fault_and_shrinks_after_a_plan(start) -> None:
     planner = start(_command=lambda fd: ["/nonexistent/python", str(fd)])
     for _ in range(3):
         fault_of(wait_for(planner.poll))
@@ -572,10 +524,7 @@ def test_answers_with_flipped_bytes_are_faults_or_harmless(start) -> None:
         answered = ask_impatiently(planner, request_id)
         outcomes.add(type(answered))
         if isinstance(answered, PlanReply):
-            assert answered.schedule.placements()[-1:] in (
-                [],
-                [answered.plan.placement],
-            )
+            assert answered.schedule.placements()[-1:] in ([], [answered.plan.placement])
     assert PlannerFault in outcomes
 
 
@@ -585,9 +534,7 @@ SIZE = PLACEMENT.experts.size
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_no_array_that_a_planner_may_send_gets_past_the_check_unless_it_is_a_plan(
-    data,
-) -> None:
+def test_no_array_that_a_planner_may_send_gets_past_the_check_unless_it_is_a_plan(data) -> None:
     honest = plan_of(worker.answer(settings_for(), REQUEST))
     frame = honest.to_frame()
     words = np.array(frame.arrays["plan"])

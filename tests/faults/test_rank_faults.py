@@ -30,10 +30,7 @@ class Detached(nn.Module):
         self.up = nn.Parameter(torch.randn(8, 64, 64, generator=generator))
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         return hidden_states
 
@@ -125,11 +122,7 @@ def serve_until_killed(rank: int, world_size: int, dispatch: str) -> tuple[tuple
                 os.kill(os.getpid(), signal.SIGKILL)
 
         model.layers[1].register_forward_pre_hook(strike)
-    options: Any = {
-        "dispatch": dispatch,
-        "policy": "static",
-        "num_redundant_experts": 2,
-    }
+    options: Any = {"dispatch": dispatch, "policy": "static", "num_redundant_experts": 2}
     balancer = torch_eplb.wrap(model, **options)
 
     def serve() -> None:
@@ -144,9 +137,7 @@ def serve_until_killed(rank: int, world_size: int, dispatch: str) -> tuple[tuple
 
 
 @pytest.mark.parametrize("dispatch", ["all_to_all", "all_reduce"])
-def test_all_survivors_notice_a_death_at_once_and_name_the_dead_only(
-    dispatch: str,
-) -> None:
+def test_all_survivors_notice_a_death_at_once_and_name_the_dead_only(dispatch: str) -> None:
     # In a ring only the dead rank's neighbours are told by the backend.
     results = run_ranks(serve_until_killed, 5, dispatch, may_die=(2,), timeout=50)
     assert results.pop(2) == -signal.SIGKILL

@@ -46,25 +46,15 @@ def serve_with_a_liar(rank: int, world_size: int, source: str) -> dict[str, Any]
         while balancer.stats().rebalances < 2:
             serve()
         stats = balancer.stats()
-    return {
-        "failed": stats.plans_failed,
-        "restarts": stats.planner_restarts,
-        "said": said,
-    }
+    return {"failed": stats.plans_failed, "restarts": stats.planner_restarts, "said": said}
 
 
 @pytest.mark.parametrize(
     ("source", "cause"),
     [
         ("reply_with_rounds(lambda rounds: rounds[:-1])", "after the last round layer"),
-        (
-            "reply_for_other(staging_bytes=1 << 20, direct=False)",
-            "bytes, the staging has",
-        ),
-        (
-            "reply_for_other(layers_per_round=2)",
-            "touches 2 layers, layers_per_round is 1",
-        ),
+        ("reply_for_other(staging_bytes=1 << 20, direct=False)", "bytes, the staging has"),
+        ("reply_for_other(layers_per_round=2)", "touches 2 layers, layers_per_round is 1"),
     ],
 )
 def test_wrong_rounds_are_refused_by_every_rank_and_cost_the_planner_a_restart(

@@ -30,10 +30,7 @@ def document() -> Any:
                 "layer_id": layer,
                 "device_count": 2,
                 "device_list": [
-                    {
-                        "device_id": rank,
-                        "device_expert": PLACEMENT.experts[layer, rank].tolist(),
-                    }
+                    {"device_id": rank, "device_expert": PLACEMENT.experts[layer, rank].tolist()}
                     for rank in range(2)
                 ],
             }
@@ -67,11 +64,7 @@ def test_what_is_written_is_vllm_ascends_layout(tmp_path: Path) -> None:
 
 @settings(deadline=None)
 @given(
-    st.integers(1, 3),
-    st.integers(1, 4),
-    st.integers(1, 4),
-    st.integers(0, 5),
-    st.integers(0, 9),
+    st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(0, 5), st.integers(0, 9)
 )
 def test_any_placement_survives_the_round_trip(
     tmp_path_factory: Any, layers: int, ranks: int, per_rank: int, extra: int, seed: int
@@ -86,11 +79,7 @@ def test_any_placement_survives_the_round_trip(
     for layer_ids in (None, ids):
         write_expert_map(path, placement, layer_ids)
         again = read_expert_map(
-            path,
-            num_layers=layers,
-            num_experts=experts,
-            num_ranks=ranks,
-            layer_ids=layer_ids,
+            path, num_layers=layers, num_experts=experts, num_ranks=ranks, layer_ids=layer_ids
         )
         assert again == placement
 
@@ -116,62 +105,26 @@ def edit(change: str) -> Any:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            "del l[1]; d['moe_layer_count'] = 1",
-            "layer 1 is missing: the map has 1 layers",
-        ),
+        ("del l[1]; d['moe_layer_count'] = 1", "layer 1 is missing: the map has 1 layers"),
         ("l.append({**l[1], 'layer_id': 7})", "layer 7 is unknown"),
         ("l[1]['layer_id'] = 0", "layer 0: is listed twice"),
         ("d['moe_layer_count'] = 5", "moe_layer_count is 5, but layer_list has 2"),
         ("d['moe_layer_count'] = 2**60", "moe_layer_count is"),
         ("del d['layer_list']", "the file: layer_list must be a list, got None"),
         ("l[0] = 4", "entry 0 of layer_list: layer_id must be a whole number"),
-        (
-            "l[1]['layer_id'] = True",
-            "entry 1 of layer_list: layer_id must be a whole number",
-        ),
-        (
-            "l[1]['device_count'] = 3",
-            "layer 1: device_count is 3, but device_list has 2",
-        ),
-        (
-            "l[1]['device_count'] = None",
-            "layer 1: device_count must be a whole number, got None",
-        ),
+        ("l[1]['layer_id'] = True", "entry 1 of layer_list: layer_id must be a whole number"),
+        ("l[1]['device_count'] = 3", "layer 1: device_count is 3, but device_list has 2"),
+        ("l[1]['device_count'] = None", "layer 1: device_count must be a whole number, got None"),
         ("l[1]['device_list'] = {}", "layer 1: device_list must be a list"),
-        (
-            "del l[1]['device_list'][0]; l[1]['device_count'] = 1",
-            "layer 1, rank 0: is missing",
-        ),
+        ("del l[1]['device_list'][0]; l[1]['device_count'] = 1", "layer 1, rank 0: is missing"),
         ("l[1]['device_list'][0]['device_id'] = 1", "layer 1, rank 1: is listed twice"),
-        (
-            "l[1]['device_list'][0]['device_id'] = 9",
-            "layer 1, rank 9: the group has 2 ranks",
-        ),
-        (
-            "l[1]['device_list'][1] = []",
-            "layer 1, entry 1 of device_list: device_id must be",
-        ),
-        (
-            "l[0]['device_list'][1]['device_expert'][0] = 3",
-            "layer 0, rank 1: 3 is not one of",
-        ),
-        (
-            "l[0]['device_list'][1]['device_expert'][0] = -1",
-            "layer 0, rank 1: -1 is not one of",
-        ),
-        (
-            "l[0]['device_list'][1]['device_expert'][0] = 1.0",
-            "layer 0, rank 1: 1.0 is not one of",
-        ),
-        (
-            "l[0]['device_list'][1]['device_expert'][0] = [[]]",
-            "layer 0, rank 1: a list is not",
-        ),
-        (
-            "l[0]['device_list'][1]['device_expert'][0] = 'x' * 999",
-            "layer 0, rank 1: 'xxx",
-        ),
+        ("l[1]['device_list'][0]['device_id'] = 9", "layer 1, rank 9: the group has 2 ranks"),
+        ("l[1]['device_list'][1] = []", "layer 1, entry 1 of device_list: device_id must be"),
+        ("l[0]['device_list'][1]['device_expert'][0] = 3", "layer 0, rank 1: 3 is not one of"),
+        ("l[0]['device_list'][1]['device_expert'][0] = -1", "layer 0, rank 1: -1 is not one of"),
+        ("l[0]['device_list'][1]['device_expert'][0] = 1.0", "layer 0, rank 1: 1.0 is not one of"),
+        ("l[0]['device_list'][1]['device_expert'][0] = [[]]", "layer 0, rank 1: a list is not"),
+        ("l[0]['device_list'][1]['device_expert'][0] = 'x' * 999", "layer 0, rank 1: 'xxx"),
         (
             "l[0]['device_list'][0]['device_expert'] = [1, 1]",
             "layer 0, rank 0: expert 1 is listed twice",
@@ -205,15 +158,7 @@ def test_a_map_for_another_redundancy_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "{",
-        "\xff\xfe",
-        "[" * 200_000,
-        '{"moe_layer_count": ' + "9" * 5000 + "}",
-        "NaN x",
-    ],
+    "text", ["", "{", "\xff\xfe", "[" * 200_000, '{"moe_layer_count": ' + "9" * 5000 + "}", "NaN x"]
 )
 def test_what_is_not_json_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "map.json"

@@ -92,8 +92,7 @@ def test_the_writer_records_step_by_step(tmp_path: Path) -> None:
 @settings(deadline=None)
 @given(
     st.lists(
-        st.lists(st.integers(0, 2**40) | st.integers(0, 300), min_size=4, max_size=4),
-        max_size=6,
+        st.lists(st.integers(0, 2**40) | st.integers(0, 300), min_size=4, max_size=4), max_size=6
     )
 )
 def test_counts_of_any_size_survive(tmp_path_factory: Any, steps: list[list[int]]) -> None:
@@ -117,9 +116,7 @@ def test_a_writer_that_is_closed_early_keeps_what_it_has(tmp_path: Path) -> None
     assert np.array_equal(read_trace(path).counts, COUNTS[:1])
 
 
-def test_a_writer_without_steps_leaves_a_valid_trace_without_steps(
-    tmp_path: Path,
-) -> None:
+def test_a_writer_without_steps_leaves_a_valid_trace_without_steps(tmp_path: Path) -> None:
     path = tmp_path / "t.npz"
     TraceWriter(path, num_layers=2, num_experts=4).close()
     assert read_trace(path).counts.shape == (0, 1, 2, 4)
@@ -177,9 +174,7 @@ def test_the_writer_keeps_no_steps_in_memory(tmp_path: Path) -> None:
     assert peak < 500 * 16 * 256 / 2
 
 
-def test_a_path_that_cannot_be_written_is_refused_before_recording(
-    tmp_path: Path,
-) -> None:
+def test_a_path_that_cannot_be_written_is_refused_before_recording(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="create it first"):
         TraceWriter(tmp_path / "no" / "t.npz", num_layers=1, num_experts=1)
     with pytest.raises(IsADirectoryError):
@@ -227,8 +222,7 @@ def test_a_header_that_lies_is_refused(
 def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
     size = 80 * 2**20
     path = npz(
-        tmp_path / "t.npz",
-        counts=npy_header("'<u2'", f"({size // 2}, 1, 1, 1)") + bytes(size),
+        tmp_path / "t.npz", counts=npy_header("'<u2'", f"({size // 2}, 1, 1, 1)") + bytes(size)
     )
     tracemalloc.start()
     try:
@@ -236,8 +230,7 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
             read_trace(path)
         with pytest.raises(ValueError, match="more than the 1000 allowed"):
             read_trace(
-                npz(tmp_path / "u.npz", counts=npy(np.zeros((1000, 1, 1, 1), int))),
-                max_bytes=1000,
+                npz(tmp_path / "u.npz", counts=npy(np.zeros((1000, 1, 1, 1), int))), max_bytes=1000
             )
         peak = tracemalloc.get_traced_memory()[1]
     finally:

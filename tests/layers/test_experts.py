@@ -116,8 +116,7 @@ def test_sharding_keeps_the_named_experts_and_restoring_gives_them_back() -> Non
 
 
 @pytest.mark.parametrize(
-    "dtype",
-    [torch.float32, torch.bfloat16, torch.uint8, torch.float8_e4m3fn, torch.int8],
+    "dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.float8_e4m3fn, torch.int8]
 )
 @pytest.mark.parametrize("transposed", [False, True])
 def test_slots_are_bytes_whatever_their_dtype_and_layout(
@@ -158,10 +157,7 @@ def test_arguments_are_found_by_position_or_name() -> None:
     spec = LayerSpec("hidden_states", "top_k_index", "top_k_weights")
     arguments = BoundArguments(spec, Experts.forward)
     x, i, w = torch.zeros(1), torch.ones(1), torch.ones(2)
-    for args, kwargs in [
-        ((x, i, w), {}),
-        ((x,), {"top_k_index": i, "top_k_weights": w}),
-    ]:
+    for args, kwargs in [((x, i, w), {}), ((x,), {"top_k_index": i, "top_k_weights": w})]:
         assert arguments.get("top_k_index", args, kwargs) is i
         assert arguments.get("top_k_weights", args, kwargs) is w
     layer = ExpertLayer("", Experts(2, 2, 2), spec)

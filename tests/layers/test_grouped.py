@@ -24,10 +24,7 @@ class Fused(nn.Module):
         self.down_proj = nn.Parameter(torch.randn(experts, hidden, width) / 4)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         out = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):

@@ -140,9 +140,7 @@ def test_adapters_around_experts_are_named() -> None:
     peft = pytest.importorskip("peft")
     model = ToyModel()
     config = peft.LoraConfig(
-        r=2,
-        target_modules=[],
-        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+        r=2, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"]
     )
     adapted = peft.get_peft_model(model, config, adapter_name="mine")
     with pytest.raises(ValueError, match=r"adapted by ParamWrapper 'mine'.*merge_and_unload\(\)"):
@@ -168,8 +166,7 @@ def test_tied_experts_are_named_and_a_shared_module_is_one_layer() -> None:
     first, second = (layer.experts for layer in model.layers)
     second.down_proj = first.down_proj
     with pytest.raises(
-        ValueError,
-        match=r"layers\.0\.experts\.down_proj and layers\.1\.experts\.down_proj are",
+        ValueError, match=r"layers\.0\.experts\.down_proj and layers\.1\.experts\.down_proj are"
     ):
         find_layers(model)
     model.layers[1].experts = first

@@ -55,20 +55,8 @@ def try_out(fault: Fault) -> Outcome:
         tree = Path(folder) / "tree"
         copy_tree(tree)
         fault.plant(tree)
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-x",
-            "-q",
-            "--no-header",
-            "--tb=line",
-        ]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(tree),
-            "PYTHONDONTWRITEBYTECODE": "1",
-        }
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=line"]
+        environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
         try:
             result = subprocess.run(
                 [*command, "-p", "no:cacheprovider", *fault.tests],

@@ -22,10 +22,7 @@ def late(rank: int, world_size: int) -> None:
     for kind, work in (
         ("kernels", lambda here: here.copy_(x + 1, non_blocking=True)),
         ("host copies", lambda here: here.copy_(x, non_blocking=True)),
-        (
-            "device copies",
-            lambda here: here.copy_(torch.empty_like(x).copy_(x), non_blocking=True),
-        ),
+        ("device copies", lambda here: here.copy_(torch.empty_like(x).copy_(x), non_blocking=True)),
     ):
         here = torch.full((4,), -1.0, pin_memory=True)
         control.delay(kind, SLOW)
@@ -246,9 +243,7 @@ def ring(rank: int, world_size: int, each: int) -> int:
 
 
 @pytest.mark.parametrize("coalesced", [True, False])
-def test_both_ways_of_point_to_point_batches_keep_messages_in_order(
-    coalesced: bool,
-) -> None:
+def test_both_ways_of_point_to_point_batches_keep_messages_in_order(coalesced: bool) -> None:
     results = run_on_npus(ring, 3, 3, coalesced=coalesced)
     # Only one of the two calls HcclBatchSendRecv.
     assert results == [0 if coalesced else 4] * 3

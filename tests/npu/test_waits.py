@@ -81,9 +81,7 @@ def boundaries(rank: int, world_size: int, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"verify": True, "direct": False}], ids=str)
-def test_nothing_of_a_rebalance_makes_the_host_wait_for_the_device(
-    options: dict[str, Any],
-) -> None:
+def test_nothing_of_a_rebalance_makes_the_host_wait_for_the_device(options: dict[str, Any]) -> None:
     run_on_npus(boundaries, 2, options)
 
 

@@ -40,10 +40,7 @@ LIBRARIES = (RUNTIME, *ALIASES[RUNTIME], OPERATORS, *ALIASES[OPERATORS])
 """In the order in which they must be loaded."""
 
 _CANN = re.compile(r"(acl|Hccl|rt[A-Z]|Msprof)\w*")
-_NOT_SUPPORTED = {
-    "Hccl": 5,
-    "": 207000,
-}  # HCCL_E_NOT_SUPPORT, ACL_ERROR_RT_FEATURE_NOT_SUPPORT
+_NOT_SUPPORTED = {"Hccl": 5, "": 207000}  # HCCL_E_NOT_SUPPORT, ACL_ERROR_RT_FEATURE_NOT_SUPPORT
 
 
 def build(folder: Path) -> Path:
@@ -80,11 +77,7 @@ def _find_wheel() -> Path:
 
 def _fingerprint(wheel: Path) -> str:
     """Changes with whatever the libraries are made from."""
-    parts = [
-        Path(__file__).read_bytes(),
-        str(wheel).encode(),
-        (wheel / "version.py").read_bytes(),
-    ]
+    parts = [Path(__file__).read_bytes(), str(wheel).encode(), (wheel / "version.py").read_bytes()]
     parts += [source.read_bytes() for source in sorted(SOURCES.iterdir())]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
@@ -112,17 +105,7 @@ def _compile_all(wheel: Path, folder: Path) -> None:
 def _link(folder: Path, name: str, *inputs: Path, needs: str | None = None) -> None:
     needed = ["-Wl,--no-as-needed", folder / needs] if needs else []
     path = folder / name
-    _run(
-        "g++",
-        "-shared",
-        "-fPIC",
-        f"-Wl,-soname,{name}",
-        "-o",
-        path,
-        *inputs,
-        *needed,
-        "-pthread",
-    )
+    _run("g++", "-shared", "-fPIC", f"-Wl,-soname,{name}", "-o", path, *inputs, *needed, "-pthread")
 
 
 def _undefined(wheel: Path) -> set[str]:

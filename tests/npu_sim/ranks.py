@@ -71,13 +71,7 @@ def run_on_npus(
             environment=dict(environment),
         )
         return ranks.run_ranks(
-            _on_npu,
-            world_size,
-            settings,
-            args,
-            timeout=timeout,
-            backend="",
-            may_die=may_die,
+            _on_npu, world_size, settings, args, timeout=timeout, backend="", may_die=may_die
         )
 
 

@@ -64,21 +64,12 @@ def test_flow_with_the_batch_split_is_the_default(trace: str, tmp_path: Path) ->
 def test_policies_may_be_given_one_by_one(trace: str, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     assert simulate(trace, "--policy", "static", "--policy", "deepseek", "--json", str(out)) == 0
-    assert list(json.loads(out.read_text())["policies"]) == [
-        "none",
-        "static",
-        "deepseek",
-    ]
+    assert list(json.loads(out.read_text())["policies"]) == ["none", "static", "deepseek"]
 
 
 def test_the_cost_model_can_be_given(trace: str, tmp_path: Path) -> None:
     entries = []
-    for options in (
-        [],
-        ["--tflops", "188"],
-        ["--hardware", "h100"],
-        ["--flops-per-token", "1e6"],
-    ):
+    for options in ([], ["--tflops", "188"], ["--hardware", "h100"], ["--flops-per-token", "1e6"]):
         out = tmp_path / "out.json"
         options = ["--policy", "deepseek", "--expert-bytes", "1000000", *options]
         assert simulate(trace, *options, "--json", str(out)) == 0
@@ -92,16 +83,7 @@ def test_the_cost_model_can_be_given(trace: str, tmp_path: Path) -> None:
 
 def test_plan_writes_an_expert_map_that_balances(trace: str, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "map.json"
-    options = [
-        "--ranks",
-        "4",
-        "--redundant",
-        "4",
-        "--policy",
-        "deepseek",
-        "--out",
-        str(out),
-    ]
+    options = ["--ranks", "4", "--redundant", "4", "--policy", "deepseek", "--out", str(out)]
     assert main(["plan", trace, *options]) == 0
     placement = read_expert_map(out, num_slots=4, **MODEL)
     assert (placement.replica_counts().sum(axis=1) == 16).all()
@@ -110,21 +92,10 @@ def test_plan_writes_an_expert_map_that_balances(trace: str, tmp_path: Path, cap
     assert after < before
 
 
-def test_plan_reads_plain_load_and_numbers_layers_from_the_first_one(
-    tmp_path: Path,
-) -> None:
+def test_plan_reads_plain_load_and_numbers_layers_from_the_first_one(tmp_path: Path) -> None:
     load, out = tmp_path / "load.npz", tmp_path / "map.json"
     np.savez(load, load=np.arange(1, 25).reshape(2, 12))
-    options = [
-        "--ranks",
-        "4",
-        "--redundant",
-        "4",
-        "--first-layer",
-        "3",
-        "--out",
-        str(out),
-    ]
+    options = ["--ranks", "4", "--redundant", "4", "--first-layer", "3", "--out", str(out)]
     assert main(["plan", str(load), *options]) == 0
     assert [e["layer_id"] for e in json.loads(out.read_text())["layer_list"]] == [3, 4]
     read_expert_map(out, layer_ids=[3, 4], **MODEL)
@@ -150,97 +121,31 @@ def test_plot_draws_a_trace_and_a_simulation(trace: str, tmp_path: Path) -> None
             ["simulate", "{trace}", "--ranks", "5", "--window", "6"],
             "cannot be spread over 5 ranks",
         ),
+        (["simulate", "{trace}", "--window", "6", "--ranks", "4", "--min-gain", "nan"], "min_gain"),
         (
-            [
-                "simulate",
-                "{trace}",
-                "--window",
-                "6",
-                "--ranks",
-                "4",
-                "--min-gain",
-                "nan",
-            ],
-            "min_gain",
-        ),
-        (
-            [
-                "simulate",
-                "{trace}",
-                "--window",
-                "6",
-                "--ranks",
-                "4",
-                "--max-moves",
-                "-1",
-            ],
+            ["simulate", "{trace}", "--window", "6", "--ranks", "4", "--max-moves", "-1"],
             "max_moves",
         ),
-        (
-            ["plan", "{trace}", "--ranks", "4", "--target-par", "0", "--out", "{none}"],
-            "target_par",
-        ),
-        (
-            ["simulate", "{trace}", "--ranks", "4"],
-            "a window of 50 steps leaves none of 24",
-        ),
-        (
-            ["simulate", "{trace}", "--ranks", "0"],
-            "num_ranks must be at least 1, got 0",
-        ),
-        (
-            ["simulate", "{trace}", "--steps", "99"],
-            "steps must be from 1 to the trace's 24",
-        ),
-        (
-            ["simulate", "{trace}", "--expert-bytes", "lots"],
-            "--expert-bytes='lots' is not a size",
-        ),
-        (
-            ["simulate", "{trace}", "--expert-bytes", "0"],
-            "expert_bytes must be a finite number",
-        ),
-        (
-            ["simulate", "{trace}", "--tflops", "nan"],
-            "flops_per_second must be a finite number",
-        ),
+        (["plan", "{trace}", "--ranks", "4", "--target-par", "0", "--out", "{none}"], "target_par"),
+        (["simulate", "{trace}", "--ranks", "4"], "a window of 50 steps leaves none of 24"),
+        (["simulate", "{trace}", "--ranks", "0"], "num_ranks must be at least 1, got 0"),
+        (["simulate", "{trace}", "--steps", "99"], "steps must be from 1 to the trace's 24"),
+        (["simulate", "{trace}", "--expert-bytes", "lots"], "--expert-bytes='lots' is not a size"),
+        (["simulate", "{trace}", "--expert-bytes", "0"], "expert_bytes must be a finite number"),
+        (["simulate", "{trace}", "--tflops", "nan"], "flops_per_second must be a finite number"),
         (["simulate", "{trace}", "--json", "{folder}"], "{folder}: is a directory"),
         (["simulate", "{trace}", "--json", "{none}/x"], "create it first"),
+        (["plan", "{trace}", "--ranks", "4", "--out", "{folder}"], "{folder}: is a directory"),
+        (["plan", "{text}", "--ranks", "4", "--out", "{none}"], "not a readable npz file"),
+        (["plan", "{trace}", "--ranks", "5", "--out", "{none}"], "cannot be spread over 5 ranks"),
         (
-            ["plan", "{trace}", "--ranks", "4", "--out", "{folder}"],
-            "{folder}: is a directory",
-        ),
-        (
-            ["plan", "{text}", "--ranks", "4", "--out", "{none}"],
-            "not a readable npz file",
-        ),
-        (
-            ["plan", "{trace}", "--ranks", "5", "--out", "{none}"],
-            "cannot be spread over 5 ranks",
-        ),
-        (
-            [
-                "plan",
-                "{trace}",
-                "--ranks",
-                "4",
-                "--out",
-                "{none}",
-                "--first-layer",
-                "-1",
-            ],
+            ["plan", "{trace}", "--ranks", "4", "--out", "{none}", "--first-layer", "-1"],
             "--first-layer must not be negative",
         ),
-        (
-            ["plot", "{none}", "--out", "{none}.png"],
-            "No such file or directory: '{none}'",
-        ),
+        (["plot", "{none}", "--out", "{none}.png"], "No such file or directory: '{none}'"),
         (["plot", "{folder}", "--out", "{none}"], "{folder}: is a directory"),
         (["plot", "{text}", "--out", "{none}"], "{text}: neither a trace nor JSON"),
-        (
-            ["plot", "{json}", "--out", "{none}"],
-            "{json}: is not the JSON of a simulation",
-        ),
+        (["plot", "{json}", "--out", "{none}"], "{json}: is not the JSON of a simulation"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(
@@ -292,11 +197,7 @@ def test_the_module_runs_and_loads_neither_torch_nor_matplotlib(trace: str) -> N
         "assert not {'torch', 'scipy', 'matplotlib'} & set(sys.modules)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "PAR mean" in done.stdout

@@ -60,11 +60,7 @@ def sglang_stat(path: Path, counts: Any) -> Path:
 
 
 def test_sglangs_statistics_become_a_trace(tmp_path: Path, out: Path, capsys: Any) -> None:
-    run(
-        sglang_stat(tmp_path / "expert_distribution_recorder_1.pt", COUNTS),
-        "--out",
-        out,
-    )
+    run(sglang_stat(tmp_path / "expert_distribution_recorder_1.pt", COUNTS), "--out", out)
     assert np.array_equal(load_of(out), COUNTS)
     assert "6 steps x 1 source ranks x 3 layers x 8 experts" in capsys.readouterr().out
 
@@ -90,11 +86,7 @@ def test_an_earlier_conversions_layer_numbers_are_kept(tmp_path: Path, out: Path
     run(sglang_stat(tmp_path / "dump.pt", counts), "--out", out, "--drop-empty-layers")
     table = tmp_path / "load.csv"
     run(out, "--out", table)
-    assert [line.split(",")[0] for line in table.read_text().splitlines()] == [
-        "layer",
-        "1",
-        "2",
-    ]
+    assert [line.split(",")[0] for line in table.read_text().splitlines()] == ["layer", "1", "2"]
 
 
 def test_sglangs_records_of_all_ranks_are_summed_by_forward_pass(tmp_path: Path, out: Path) -> None:
@@ -135,14 +127,8 @@ def test_a_trace_becomes_what_sglang_starts_from(tmp_path: Path, out: Path) -> N
     assert np.array_equal(np.array(text["logical_count"]), COUNTS)
 
 
-def test_a_map_for_sglang_has_a_row_for_every_layer_and_comes_back(
-    tmp_path: Path,
-) -> None:
-    ours, theirs, back = (
-        tmp_path / "m.json",
-        tmp_path / "init.json",
-        tmp_path / "back.json",
-    )
+def test_a_map_for_sglang_has_a_row_for_every_layer_and_comes_back(tmp_path: Path) -> None:
+    ours, theirs, back = tmp_path / "m.json", tmp_path / "init.json", tmp_path / "back.json"
     placement = Placement(TABLE.reshape(LAYERS, RANKS, SLOTS), EXPERTS)
     write_expert_map(ours, placement, [1, 2, 4])
     run(ours, "--to", "sglang", "--layers", 5, "--out", theirs)
@@ -150,12 +136,7 @@ def test_a_map_for_sglang_has_a_row_for_every_layer_and_comes_back(
     assert np.array_equal(rows[[1, 2, 4]], TABLE)
     assert np.array_equal(rows[[0, 3]], np.tile(np.arange(PHYSICAL) % EXPERTS, (2, 1)))
     run(theirs, "--ranks", RANKS, "--first-layer", 1, "--out", back)
-    assert [e["layer_id"] for e in json.loads(back.read_text())["layer_list"]] == [
-        1,
-        2,
-        3,
-        4,
-    ]
+    assert [e["layer_id"] for e in json.loads(back.read_text())["layer_list"]] == [1, 2, 3, 4]
     sizes = {"num_experts": EXPERTS, "num_ranks": RANKS, "num_slots": SLOTS}
     read = read_expert_map(back, num_layers=4, **sizes)
     assert np.array_equal(read.experts.reshape(4, -1), rows[1:])
@@ -213,11 +194,7 @@ def test_the_json_lines_of_vllms_pull_request_41141(tmp_path: Path, out: Path) -
 
 
 def test_a_map_becomes_vllms_initial_mapping_and_comes_back(tmp_path: Path) -> None:
-    ours, theirs, back = (
-        tmp_path / "m.json",
-        tmp_path / "m.jsonl",
-        tmp_path / "back.json",
-    )
+    ours, theirs, back = tmp_path / "m.json", tmp_path / "m.jsonl", tmp_path / "back.json"
     write_expert_map(ours, Placement(TABLE.reshape(LAYERS, RANKS, SLOTS), EXPERTS), [3, 4, 5])
     run(ours, "--out", theirs)
     record = json.loads(theirs.read_text())
@@ -289,10 +266,7 @@ def test_mindspeeds_counts_keep_their_source_ranks(tmp_path: Path, out: Path) ->
 
 # ---- tables -----------------------------------------------------------------------------------
 
-WEIGHT = [
-    [90, 132, 40, 61],
-    [20, 107, 104, 64],
-]  # the load of DeepSeek EPLB's README, in part
+WEIGHT = [[90, 132, 40, 61], [20, 107, 104, 64]]  # the load of DeepSeek EPLB's README, in part
 
 
 @pytest.mark.parametrize(
@@ -448,64 +422,28 @@ def test_wrong_files_are_refused_with_what_was_expected(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            ["{load}", "--to", "vllm", "--out", "{x}.jsonl"],
-            "--to vllm does not take; it takes a",
-        ),
-        (
-            ["{load}", "--to", "sglang", "--out", "{x}.bin"],
-            "SGLang reads files named .pt or .json",
-        ),
+        (["{load}", "--to", "vllm", "--out", "{x}.jsonl"], "--to vllm does not take; it takes a"),
+        (["{load}", "--to", "sglang", "--out", "{x}.bin"], "SGLang reads files named .pt or .json"),
         (["{load}", "--out", "{x}/y.npz"], "create it first"),
-        (
-            ["{load}", "--as", "physical-load", "--out", "{x}"],
-            "needs the map that it was counted",
-        ),
+        (["{load}", "--as", "physical-load", "--out", "{x}"], "needs the map that it was counted"),
         (
             ["{load}", "--as", "physical-load", "--map", "{map}", "--out", "{x}"],
             "it must end in [layers, slots] = [3, 10]",
         ),
-        (
-            ["{load}", "--map", "{trace}", "--out", "{x}"],
-            "holds a load; --map takes an expert map",
-        ),
+        (["{load}", "--map", "{trace}", "--out", "{x}"], "holds a load; --map takes an expert map"),
         (["{load}", "--first-layer", "9", "--out", "{x}"], "no layer is left"),
-        (
-            ["{load}", "--first-layer", "-1", "--out", "{x}"],
-            "first_layer must not be negative",
-        ),
-        (
-            ["{load}", "--scale", "0", "--out", "{x}"],
-            "scale must be a finite number above 0",
-        ),
+        (["{load}", "--first-layer", "-1", "--out", "{x}"], "first_layer must not be negative"),
+        (["{load}", "--scale", "0", "--out", "{x}"], "scale must be a finite number above 0"),
         (["{load}", "{map}", "--out", "{x}"], "maps are converted one at a time"),
         (["{load}", "{other}", "--out", "{x}"], "files of one recording have the same"),
         (["{map}", "--to", "trace", "--out", "{x}"], "it takes a load"),
-        (
-            ["{map}", "--scale", "2", "--out", "{x}"],
-            "--drop-empty-layers and --scale are for load",
-        ),
+        (["{map}", "--scale", "2", "--out", "{x}"], "--drop-empty-layers and --scale are for load"),
         (["{flat}", "--as", "map", "--out", "{x}.json"], "pass --ranks"),
-        (
-            ["{flat}", "--as", "map", "--ranks", "4", "--out", "{x}.json"],
-            "do not divide evenly",
-        ),
-        (
-            ["{flat}", "--as", "map", "--ranks", "3", "--out", "{x}.json"],
-            "replicas belong on",
-        ),
-        (
-            ["{map}", "--experts", "7", "--out", "{x}.json"],
-            "expert 7 is not one of the 7 experts",
-        ),
-        (
-            ["{late}", "--to", "sglang", "--out", "{x}.json"],
-            "pass their number, dense ones inclu",
-        ),
-        (
-            ["{late}", "--to", "sglang", "--layers", "4", "--out", "{x}.json"],
-            "the model 4 layers",
-        ),
+        (["{flat}", "--as", "map", "--ranks", "4", "--out", "{x}.json"], "do not divide evenly"),
+        (["{flat}", "--as", "map", "--ranks", "3", "--out", "{x}.json"], "replicas belong on"),
+        (["{map}", "--experts", "7", "--out", "{x}.json"], "expert 7 is not one of the 7 experts"),
+        (["{late}", "--to", "sglang", "--out", "{x}.json"], "pass their number, dense ones inclu"),
+        (["{late}", "--to", "sglang", "--layers", "4", "--out", "{x}.json"], "the model 4 layers"),
     ],
 )
 def test_wrong_uses_are_one_line(
@@ -543,9 +481,7 @@ def test_plan_names_convert_for_the_files_of_others(tmp_path: Path, capsys: Any,
     assert read_load(tmp_path / "trace.npz").shape[-1] in (2, EXPERTS)
 
 
-def test_the_expert_map_reader_names_convert_for_the_maps_of_others(
-    tmp_path: Path,
-) -> None:
+def test_the_expert_map_reader_names_convert_for_the_maps_of_others(tmp_path: Path) -> None:
     path = tmp_path / "init.json"
     sizes = {"num_layers": 1, "num_experts": 2, "num_ranks": 1}
     for text in ('{"physical_to_logical_map": [[0, 1]]}', "[[0, 1]]", "PK"):
@@ -578,10 +514,7 @@ def test_a_pt_file_cannot_run_code(tmp_path: Path, out: Path, capsys: Any) -> No
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    st.binary(max_size=300),
-    st.sampled_from(["", "PK\x03\x04", "{", "[", "\x93NUMPY\x01\x00"]),
-)
+@given(st.binary(max_size=300), st.sampled_from(["", "PK\x03\x04", "{", "[", "\x93NUMPY\x01\x00"]))
 def test_arbitrary_bytes_are_refused_in_one_line(data: bytes, start: str) -> None:
     import tempfile
 

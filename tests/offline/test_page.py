@@ -170,8 +170,7 @@ def test_report_as_a_user_runs_it(tmp_path: Path, capsys: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("low", "high"),
-    [(0, 1), (1, 1.0001), (0, 12345), (-3, 7), (1e-6, 3e-6), (5, 5), (0, 1e12)],
+    ("low", "high"), [(0, 1), (1, 1.0001), (0, 12345), (-3, 7), (1e-6, 3e-6), (5, 5), (0, 1e12)]
 )
 def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
     found = ticks(low, high)

@@ -39,8 +39,7 @@ def size_of(path: Path) -> tuple[int, int]:
         document(),
         document(policies=[]),
         document(
-            policies=["deepseek", "static"],
-            replica_choices=["batch", "local", "table", "even"],
+            policies=["deepseek", "static"], replica_choices=["batch", "local", "table", "even"]
         ),
         document(layers=60, experts=128, ranks=64, policies=["static"]),
         document(layers=1, experts=4, ranks=1),

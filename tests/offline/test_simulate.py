@@ -204,12 +204,7 @@ def test_layers_are_repeated_and_steps_are_cut() -> None:
 def test_progress_is_told_of_every_interval() -> None:
     told: list[tuple[str, int, int]] = []
     simulate(Trace(counts_of()), SMALL, ["static"], progress=lambda *args: told.append(args))
-    assert told[:4] == [
-        ("none", 5, 18),
-        ("none", 10, 18),
-        ("none", 15, 18),
-        ("none", 18, 18),
-    ]
+    assert told[:4] == [("none", 5, 18), ("none", 10, 18), ("none", 15, 18), ("none", 18, 18)]
     assert told[4:] == [("static", done, 18) for _, done, _ in told[:4]]
 
 
@@ -217,10 +212,7 @@ def test_progress_is_told_of_every_interval() -> None:
     ("changes", "message"),
     [
         ({"num_ranks": 0}, "num_ranks must be at least 1"),
-        (
-            {"num_ranks": 5},
-            "12 experts and 4 redundant ones cannot be spread over 5 ranks",
-        ),
+        ({"num_ranks": 5}, "12 experts and 4 redundant ones cannot be spread over 5 ranks"),
         ({"num_redundant_experts": -1}, "num_redundant_experts must not be negative"),
         ({"num_redundant_experts": 400}, "a rank can hold at most 12"),
         ({"window": 24}, "a window of 24 steps leaves none of 24 steps"),
@@ -232,13 +224,7 @@ def test_progress_is_told_of_every_interval() -> None:
 def test_settings_that_cannot_be_replayed_are_refused(
     changes: dict[str, int], message: str
 ) -> None:
-    values = {
-        "num_ranks": 4,
-        "num_redundant_experts": 4,
-        "window": 6,
-        "interval": 5,
-        **changes,
-    }
+    values = {"num_ranks": 4, "num_redundant_experts": 4, "window": 6, "interval": 5, **changes}
     with pytest.raises(ValueError, match=message):
         replay(counts_of(), Settings(**values), "static", "even")  # type: ignore[arg-type]
 

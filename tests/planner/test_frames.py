@@ -143,10 +143,7 @@ def test_random_bytes_are_refused_and_nothing_else_happens(garbage: bytes) -> No
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    frames,
-    st.lists(st.tuples(st.integers(0, 1 << 30), st.integers(0, 255)), min_size=1),
-)
+@given(frames, st.lists(st.tuples(st.integers(0, 1 << 30), st.integers(0, 255)), min_size=1))
 def test_a_damaged_frame_is_a_frame_an_error_or_incomplete(frame: Frame, damage) -> None:
     stream = bytearray(b"".join(bytes(piece) for piece in encode(frame)))
     for place, value in damage:
@@ -166,14 +163,8 @@ def test_a_damaged_frame_is_a_frame_an_error_or_incomplete(frame: Frame, damage)
         (raw(declared(), version=2), "layout 2"),
         (raw(declared(), kind=77), "kind 77"),
         (PREFIX.pack(b"EPLB", 1, 3, 0, 0, 0), "without a header"),
-        (
-            PREFIX.pack(b"EPLB", 1, 3, 0, MAX_HEADER_BYTES + 1, 0),
-            "header of 65537 bytes",
-        ),
-        (
-            PREFIX.pack(b"EPLB", 1, 3, 0, 2, 1 << 60),
-            "a body of 1152921504606846976 bytes",
-        ),
+        (PREFIX.pack(b"EPLB", 1, 3, 0, MAX_HEADER_BYTES + 1, 0), "header of 65537 bytes"),
+        (PREFIX.pack(b"EPLB", 1, 3, 0, 2, 1 << 60), "a body of 1152921504606846976 bytes"),
         (raw(b"\xff\xfe{}"), "not the JSON"),
         (raw(b'{"fields": {"x": NaN}, "arrays": []}'), "NaN"),
         (raw(b'{"fields": {"x": Infinity}, "arrays": []}'), "Infinity"),
@@ -192,14 +183,8 @@ def test_a_damaged_frame_is_a_frame_an_error_or_incomplete(frame: Frame, damage)
         (raw(declared(["a", "<f8", [1.0]]), bytes(8)), "impossible dimensions"),
         (raw(declared(["a", "<f8", [1] * 5]), bytes(8)), "impossible dimensions"),
         (raw(declared(["a", "<f8", [1 << 60]]), bytes(8)), "impossible dimensions"),
-        (
-            raw(declared(["a", "<f8", [2]]), bytes(8)),
-            "16 bytes are declared for a body of 8",
-        ),
-        (
-            raw(declared(["a", "<f8", [1]], ["a", "<f8", [1]]), bytes(16)),
-            "two arrays of one name",
-        ),
+        (raw(declared(["a", "<f8", [2]]), bytes(8)), "16 bytes are declared for a body of 8"),
+        (raw(declared(["a", "<f8", [1]], ["a", "<f8", [1]]), bytes(16)), "two arrays of one name"),
         (raw(declared(*[[f"a{i}", "<f8", [0]] for i in range(9)])), "9 arrays"),
         (raw(declared(["a", "<i4", [0, 1 << 30, 1 << 30, 1 << 30]])), "no memory"),
     ],

@@ -136,9 +136,7 @@ def test_a_plan_from_the_process_is_the_plan_that_the_policy_makes(start, policy
     np.testing.assert_array_equal(reply.schedule.to_array(), here.schedule.to_array())
 
 
-def test_the_schedule_leads_from_the_present_placement_to_the_planned_one(
-    start,
-) -> None:
+def test_the_schedule_leads_from_the_present_placement_to_the_planned_one(start) -> None:
     reply = plan_of(ask(start("deepseek")))
     assert reply.schedule.start == PLACEMENT
     assert reply.schedule.placements()[-1] == reply.plan.placement
@@ -318,9 +316,7 @@ def test_a_policy_of_the_main_program_runs_in_a_thread(tmp_path: Path) -> None:
     assert printed == f"main runs as __main__\n{fault}\n"
 
 
-def test_the_child_finds_a_package_that_is_only_on_the_parents_path(
-    tmp_path: Path,
-) -> None:
+def test_the_child_finds_a_package_that_is_only_on_the_parents_path(tmp_path: Path) -> None:
     source = Path(torch_eplb.__file__).parent
     shutil.copytree(source, tmp_path / "copy" / "torch_eplb")
     (tmp_path / "copy" / "where.py").write_text(
@@ -358,11 +354,7 @@ def test_the_channel_does_not_leak_into_other_children(start) -> None:
     """
     ours = {os.readlink(f"/proc/self/fd/{fd}") for fd in channel_of(planner)}
     seen = subprocess.run(
-        [sys.executable, "-c", show],
-        close_fds=False,
-        capture_output=True,
-        text=True,
-        timeout=20,
+        [sys.executable, "-c", show], close_fds=False, capture_output=True, text=True, timeout=20
     )
     assert len(ours) == 2
     assert not ours & set(seen.stdout.splitlines())
@@ -457,9 +449,7 @@ def test_a_planner_that_is_forgotten_ends(start) -> None:
     assert not child.is_running()
 
 
-def test_the_child_ends_with_an_interpreter_that_exits_without_close(
-    tmp_path: Path,
-) -> None:
+def test_the_child_ends_with_an_interpreter_that_exits_without_close(tmp_path: Path) -> None:
     program = PROGRAM.format(path="", policy="'static'") + "\nprint(planner.pid)"
     pid = int(run_python("-c", program, cwd=tmp_path).splitlines()[-1])
     assert not psutil.pid_exists(pid)
@@ -468,11 +458,7 @@ def test_the_child_ends_with_an_interpreter_that_exits_without_close(
 def test_a_hundred_planners_leave_nothing_behind() -> None:
     def level() -> tuple[int, int, int]:
         process = psutil.Process()
-        return (
-            len(os.listdir("/proc/self/fd")),
-            process.num_threads(),
-            len(process.children()),
-        )
+        return len(os.listdir("/proc/self/fd")), process.num_threads(), len(process.children())
 
     ask_and_close = Planner(settings_for("static"))
     ask(ask_and_close)

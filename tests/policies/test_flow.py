@@ -43,11 +43,7 @@ def _judged(
 
 
 def _plan(
-    load: NDArray[np.float64],
-    current: Placement,
-    topology: Topology,
-    choice: str,
-    **knobs: Any,
+    load: NDArray[np.float64], current: Placement, topology: Topology, choice: str, **knobs: Any
 ) -> Placement:
     return make_policy("flow", replica_choice=choice, **knobs)(load, current, topology).placement
 
@@ -128,11 +124,7 @@ def test_every_moved_expert_gains_what_it_must(
     assert (gain >= min_gain * moved - slack).all()
 
 
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    most=st.integers(0, 6),
-    ranks=st.sampled_from([4, 8, 12]),
-)
+@given(seed=st.integers(0, 2**32 - 1), most=st.integers(0, 6), ranks=st.sampled_from([4, 8, 12]))
 @settings(max_examples=20, deadline=None)
 def test_moves_are_bounded(seed: int, most: int, ranks: int) -> None:
     load = _load(seed, 2, 3 * ranks, samples=4)
@@ -307,10 +299,7 @@ def test_a_search_that_is_out_of_time_answers_nothing_worse(slots: int) -> None:
     assert (whole < before - 0.2).all()
     assert _plan(load, current, topology, "batch", plan_seconds=0.0) == current
     cut = _judged(
-        load,
-        _plan(load, current, topology, "batch", plan_seconds=0.02),
-        topology,
-        "batch",
+        load, _plan(load, current, topology, "batch", plan_seconds=0.02), topology, "batch"
     )
     assert (cut <= before + 1e-3).all()
 

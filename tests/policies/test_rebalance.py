@@ -88,9 +88,7 @@ def test_the_published_example_comes_out_for_tensors_as_for_arrays() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bfloat16, torch.float16, torch.float64])
-def test_tensors_of_any_number_that_requires_grad_or_not_are_taken(
-    dtype: torch.dtype,
-) -> None:
+def test_tensors_of_any_number_that_requires_grad_or_not_are_taken(dtype: torch.dtype) -> None:
     weight = torch.tensor(WEIGHT).to(dtype)
     weight.requires_grad_(dtype.is_floating_point)
     phy2log, _, _ = rebalance_experts(weight, *SIZES)
@@ -143,11 +141,7 @@ def test_torch_is_not_imported_for_arrays() -> None:
         "print('torch' in sys.modules)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout == f"{EXPECTED}\nFalse\n"
 
@@ -197,69 +191,25 @@ def test_flow_moves_only_what_pays_away_from_the_live_placement() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [
-        (
-            {"weight": WEIGHT[0]},
-            ValueError,
-            r"weight must have the shape .* got \[12\]",
-        ),
+        ({"weight": WEIGHT[0]}, ValueError, r"weight must have the shape .* got \[12\]"),
         ({"weight": WEIGHT[:0]}, ValueError, r"each at least 1, got \[0, 12\]"),
-        (
-            {"weight": [[1, 2], [3]]},
-            ValueError,
-            "weight must be an array .* inhomogeneous",
-        ),
-        (
-            {"weight": WEIGHT.astype(str)},
-            TypeError,
-            "weight must be an array of numbers",
-        ),
+        ({"weight": [[1, 2], [3]]}, ValueError, "weight must be an array .* inhomogeneous"),
+        ({"weight": WEIGHT.astype(str)}, TypeError, "weight must be an array of numbers"),
         ({"weight": WEIGHT - 4.5}, ValueError, "got -0.5 at layer 0, expert 7"),
         (
             {"weight": [WEIGHT, WEIGHT + np.inf]},
             ValueError,
             "got inf at sample 1, layer 0, expert 0",
         ),
-        (
-            {"num_replicas": 15},
-            ValueError,
-            r"num_replicas \(15\) must be a multiple of num_gpus",
-        ),
+        ({"num_replicas": 15}, ValueError, r"num_replicas \(15\) must be a multiple of num_gpus"),
         ({"num_replicas": 8}, ValueError, r"num_replicas \(8\) cannot hold 12 experts"),
-        (
-            {"num_groups": 8},
-            ValueError,
-            r"experts \(12\) must be a multiple of num_groups \(8\)",
-        ),
-        (
-            {"num_gpus": 4, "num_nodes": 0},
-            ValueError,
-            "num_nodes must be at least 1, got 0",
-        ),
-        (
-            {"num_nodes": 1, "num_gpus": -8},
-            ValueError,
-            "num_gpus must be at least 1, got -8",
-        ),
-        (
-            {"policy": "no such"},
-            ValueError,
-            "policy must be a callable or one of .* 'no such'",
-        ),
-        (
-            {"current": EXPECTED[:1]},
-            ValueError,
-            r"current must .* = \[2, 16\], got \[1, 16\]",
-        ),
-        (
-            {"current": np.zeros((2, 16))},
-            TypeError,
-            "current is no placement: phy2log must be",
-        ),
-        (
-            {"current": np.zeros((2, 16), int)},
-            ValueError,
-            "current is no placement: layer 0: exp",
-        ),
+        ({"num_groups": 8}, ValueError, r"experts \(12\) must be a multiple of num_groups \(8\)"),
+        ({"num_gpus": 4, "num_nodes": 0}, ValueError, "num_nodes must be at least 1, got 0"),
+        ({"num_nodes": 1, "num_gpus": -8}, ValueError, "num_gpus must be at least 1, got -8"),
+        ({"policy": "no such"}, ValueError, "policy must be a callable or one of .* 'no such'"),
+        ({"current": EXPECTED[:1]}, ValueError, r"current must .* = \[2, 16\], got \[1, 16\]"),
+        ({"current": np.zeros((2, 16))}, TypeError, "current is no placement: phy2log must be"),
+        ({"current": np.zeros((2, 16), int)}, ValueError, "current is no placement: layer 0: exp"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_by_name(
@@ -276,9 +226,7 @@ def test_arguments_that_do_not_fit_are_refused_by_name(
 
 @given(case=cases())
 @settings(max_examples=150, deadline=None)
-def test_their_answer_as_a_policy_obeys_the_contract_and_keeps_what_it_can(
-    case: Case,
-) -> None:
+def test_their_answer_as_a_policy_obeys_the_contract_and_keeps_what_it_can(case: Case) -> None:
     weight, sizes = case
     _, groups, nodes, gpus = sizes
     if groups % nodes:
@@ -372,14 +320,8 @@ def test_it_is_asked_with_tensors_where_its_annotation_or_the_caller_says_so() -
         (None, r"answer of .*function is wrong: phy2log must have the shape"),
         ((np.zeros((2, 16)), None, None), "is wrong: phy2log must be an integer array"),
         (np.zeros((2, 16), int), "is wrong: layer 0: expert 1 has no slot"),
-        (
-            np.array(EXPECTED)[:1],
-            r"\[layers, num_replicas\] = \[2, 16\], got \[1, 16\]",
-        ),
-        (
-            np.array(EXPECTED)[:, :15],
-            r"15 physical experts .* multiple of num_ranks \(8\)",
-        ),
+        (np.array(EXPECTED)[:1], r"\[layers, num_replicas\] = \[2, 16\], got \[1, 16\]"),
+        (np.array(EXPECTED)[:, :15], r"15 physical experts .* multiple of num_ranks \(8\)"),
     ],
 )
 def test_an_answer_that_is_no_placement_is_the_policys_fault(answer: Any, says: str) -> None:
@@ -392,32 +334,12 @@ def test_an_answer_that_is_no_placement_is_the_policys_fault(answer: Any, says: 
 @pytest.mark.parametrize(
     ("function", "keywords", "says"),
     [
-        (
-            "eplb.rebalance_experts",
-            {},
-            "takes a function, got 'eplb.rebalance_experts'",
-        ),
-        (
-            lambda weight, num_replicas: None,
-            {},
-            "cannot be called with .* too many positional",
-        ),
+        ("eplb.rebalance_experts", {}, "takes a function, got 'eplb.rebalance_experts'"),
+        (lambda weight, num_replicas: None, {}, "cannot be called with .* too many positional"),
         (lambda a, b, c, d, e, f: None, {}, "missing a required argument: 'f'"),
-        (
-            lambda a, b, c, num_nodes, e: None,
-            {"num_nodes": 2},
-            "multiple values .* wrap's num_nod",
-        ),
-        (
-            lambda a, b, c, d, e: None,
-            {"algorithm": 1},
-            "keywords .'algorithm'.: got an unexpected",
-        ),
-        (
-            lambda a, b, c, d, e: None,
-            {"current": "old"},
-            "unexpected keyword argument 'old'",
-        ),
+        (lambda a, b, c, num_nodes, e: None, {"num_nodes": 2}, "multiple values .* wrap's num_nod"),
+        (lambda a, b, c, d, e: None, {"algorithm": 1}, "keywords .'algorithm'.: got an unexpected"),
+        (lambda a, b, c, d, e: None, {"current": "old"}, "unexpected keyword argument 'old'"),
     ],
 )
 def test_a_function_that_cannot_be_called_like_theirs_is_refused_at_once(

@@ -146,10 +146,7 @@ def test_predicted_par_is_what_the_replica_choice_reaches(policy: str) -> None:
 @pytest.mark.parametrize(
     ("bad", "named"),
     [
-        (
-            np.full((1, 2, 8), -1.0),
-            "not negative, got -1.0 at sample 0, layer 0, expert 0",
-        ),
+        (np.full((1, 2, 8), -1.0), "not negative, got -1.0 at sample 0, layer 0, expert 0"),
         (np.full((1, 2, 8), np.nan), "finite.*nan"),
         (np.full((1, 2, 8), np.inf), "finite.*inf"),
         (np.ones((1, 2, 9)), r"shape.*got \[1, 2, 9\]"),
@@ -250,20 +247,14 @@ def _shares(value: float) -> NDArray[np.float64]:
 @pytest.mark.parametrize(
     ("answer", "named"),
     [
-        (
-            _plan(split=_shares(0.6)),
-            "layer 1: the shares of expert 0 sum to 1.1, not to 1",
-        ),
+        (_plan(split=_shares(0.6)), "layer 1: the shares of expert 0 sum to 1.1, not to 1"),
         (_plan(split=_shares(np.nan)), "layer 1, rank 2: expert 0 has the share nan"),
         (_plan(split=_shares(-0.5)), "layer 1, rank 2: expert 0 has the share -0.5"),
         (_plan(split=np.ones((2, 3))), r"split has the shape \[2, 3\]"),
         (_plan(split="even"), "split is not an array of numbers"),
         (_plan(predicted_par=np.array([1.0, np.inf])), "layer 1: predicted_par is inf"),
         (_plan(predicted_par=np.ones(3)), r"predicted_par has the shape \[3\]"),
-        (
-            _plan(predicted_par=None, split=_shares(9.0)),
-            "shares of expert 0 sum to 9.5",
-        ),
+        (_plan(predicted_par=None, split=_shares(9.0)), "shares of expert 0 sum to 9.5"),
         (_plan(placement=_with(0, 0, 1)), "layer 1, rank 0: expert 1 sits in 2 slots"),
     ],
 )

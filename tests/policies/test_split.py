@@ -163,11 +163,7 @@ def test_without_replicas_there_is_nothing_to_split() -> None:
 
 
 def test_par_is_the_peak_over_the_mean() -> None:
-    assert par(np.array([[1.0, 3.0], [2.0, 2.0], [0.0, 0.0]])).tolist() == [
-        1.5,
-        1.0,
-        1.0,
-    ]
+    assert par(np.array([[1.0, 3.0], [2.0, 2.0], [0.0, 0.0]])).tolist() == [1.5, 1.0, 1.0]
     assert par(np.array([5, 0, 1])) == 2.5
 
 

@@ -96,10 +96,7 @@ def test_quotas_are_met_exactly(seed: int, tokens: int) -> None:
     assert torch.equal(got[slots_EM[present]], torch.from_numpy(quotas)[present])
 
 
-@given(
-    seed=st.integers(0, 1000),
-    sizes=st.lists(st.integers(0, 30), min_size=1, max_size=4),
-)
+@given(seed=st.integers(0, 1000), sizes=st.lists(st.integers(0, 30), min_size=1, max_size=4))
 @settings(max_examples=40, deadline=None)
 def test_sources_with_offsets_meet_the_quotas_together(seed: int, sizes: list[int]) -> None:
     slots_EM = layer_tables().slots_LEM[0]
@@ -175,7 +172,5 @@ def mean_par(choice: str, tokens: int) -> float:
 
 
 @pytest.mark.parametrize("tokens", [1, 4])
-def test_sources_with_few_tokens_do_not_all_start_at_the_same_replica(
-    tokens: int,
-) -> None:
+def test_sources_with_few_tokens_do_not_all_start_at_the_same_replica(tokens: int) -> None:
     assert mean_par("local", tokens) < 1.01 * mean_par("table", tokens)

@@ -43,13 +43,7 @@ def batches(draw: st.DrawFn) -> tuple[Ints, Ints, int, int, int]:
         slots[expert, : len(row)] = sorted(row)
     most = draw(st.sampled_from([1, 4, 40, 400]))
     counts = rng.integers(0, most + 1, experts) * (rng.random(experts) < draw(st.floats(0.2, 1)))
-    return (
-        counts.astype(np.int64),
-        slots,
-        ranks,
-        per_rank,
-        draw(st.sampled_from([1, 7, 50, 300])),
-    )
+    return counts.astype(np.int64), slots, ranks, per_rank, draw(st.sampled_from([1, 7, 50, 300]))
 
 
 def cost(quotas: Ints, slots: Ints, ranks: int, per_rank: int, weight: int) -> int:

@@ -54,10 +54,7 @@ def test_narrow_ids_are_computed_with_in_int64(dtype: torch.dtype) -> None:
 
 
 def test_padding_goes_to_the_bin_and_what_means_nothing_is_named() -> None:
-    assert logical_ids(torch.tensor([[0, -1], [11, 3]]), EXPERTS).tolist() == [
-        [0, 12],
-        [11, 3],
-    ]
+    assert logical_ids(torch.tensor([[0, -1], [11, 3]]), EXPERTS).tolist() == [[0, 12], [11, 3]]
     for wrong in (12, -2, 400, 2**40, -(2**40)):
         with pytest.raises(ValueError, match=rf"layer a\.b: .* expert {wrong}, .* 0\.\.11"):
             logical_ids(torch.tensor([[0, wrong]]), EXPERTS, layer="a.b")

@@ -11,11 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.optimize import linprog
 
-from torch_eplb.routing.quotas import (
-    solve_quotas,
-    solve_quotas_device,
-    solve_quotas_host,
-)
+from torch_eplb.routing.quotas import solve_quotas, solve_quotas_device, solve_quotas_host
 
 Array = NDArray[np.int64]
 
@@ -94,19 +90,12 @@ def check_valid(quotas: Array, counts: Array, slots: Array) -> None:
     per_rank=st.integers(2, 6),
     redundant=st.integers(0, 8),
     counts=st.lists(
-        st.one_of(st.just(0), st.integers(0, 20), st.just(1 << 31)),
-        min_size=48,
-        max_size=48,
+        st.one_of(st.just(0), st.integers(0, 20), st.just(1 << 31)), min_size=48, max_size=48
     ),
 )
 @settings(max_examples=60, deadline=None)
 def test_quotas_conserve_any_counts(
-    solve: Solver,
-    seed: int,
-    ranks: int,
-    per_rank: int,
-    redundant: int,
-    counts: list[int],
+    solve: Solver, seed: int, ranks: int, per_rank: int, redundant: int, counts: list[int]
 ) -> None:
     experts = max(ranks * per_rank - min(redundant, (ranks - 1) * per_rank), per_rank)
     slots = random_slots(np.random.default_rng(seed), experts, ranks, per_rank)
@@ -116,15 +105,7 @@ def test_quotas_conserve_any_counts(
 
 @pytest.mark.parametrize(
     ("experts", "ranks", "redundant"),
-    [
-        (8, 2, 2),
-        (16, 4, 4),
-        (32, 4, 8),
-        (32, 8, 16),
-        (64, 8, 16),
-        (64, 16, 32),
-        (64, 32, 64),
-    ],
+    [(8, 2, 2), (16, 4, 4), (32, 4, 8), (32, 8, 16), (64, 8, 16), (64, 16, 32), (64, 32, 64)],
 )
 @pytest.mark.parametrize("seed", range(4))
 def test_the_host_peak_is_within_half_a_percent_of_the_optimum(

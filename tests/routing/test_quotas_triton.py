@@ -56,11 +56,7 @@ def test_the_kernel_conserves_counts_and_reaches_the_hosts_peak() -> None:
     # Triton decides when it is imported whether to interpret, so in a process of its own.
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
-        [sys.executable, __file__],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
+        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
 

@@ -162,11 +162,7 @@ def test_a_placement_of_another_shape_is_refused() -> None:
         tables.update(random_placement(1, 3, 8, 4, 3))
 
 
-@given(
-    seed=st.integers(0, 1000),
-    ranks=st.sampled_from([2, 3, 4, 8]),
-    slots=st.integers(3, 6),
-)
+@given(seed=st.integers(0, 1000), ranks=st.sampled_from([2, 3, 4, 8]), slots=st.integers(3, 6))
 @settings(max_examples=40, deadline=None)
 def test_choice_tables_follow_the_shares(seed: int, ranks: int, slots: int) -> None:
     experts = ranks * slots - ranks
@@ -187,12 +183,7 @@ def test_a_share_of_zero_everywhere_falls_back_to_even() -> None:
     placement = Placement(np.array([[[0, 1], [2, 0]]]), 3)
     tables = make(placement, "table", split=np.zeros((1, 2, 2)))
     assert tables.choice_LEP is not None
-    assert np.bincount(tables.choice_LEP[0, 0].numpy(), minlength=4).tolist() == [
-        60,
-        0,
-        0,
-        60,
-    ]
+    assert np.bincount(tables.choice_LEP[0, 0].numpy(), minlength=4).tolist() == [60, 0, 0, 60]
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 4])

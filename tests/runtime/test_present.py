@@ -22,11 +22,7 @@ def look(rank: int, world_size: int) -> None:
     for dispatch in ("all_to_all", "all_reduce"):
         options: dict[str, Any] = {"dispatch": dispatch, "policy": "random"}
         balancer = torch_eplb.wrap(
-            ToyModel(),
-            num_redundant_experts=2,
-            collect_interval=100,
-            plan_interval=1,
-            **options,
+            ToyModel(), num_redundant_experts=2, collect_interval=100, plan_interval=1, **options
         )
         totals = []  # all ranks' tokens [layers, ranks] since wrapping, after every step
 
@@ -70,9 +66,7 @@ def test_it_is_par_of_all_ranks_tokens_and_padding_changes_nothing() -> None:
     run_ranks(look, 2)
 
 
-def test_a_copy_that_is_under_way_is_not_waited_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_copy_that_is_under_way_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with fake_process_group(world_size=2):
         balancer = torch_eplb.wrap(ToyModel(), collect_interval=600)
         batch = skewed_batch(8, 16, 0)

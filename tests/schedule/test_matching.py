@@ -26,9 +26,7 @@ def possible_receivers(
 
 @settings(max_examples=500, deadline=None)
 @given(st.data())
-def test_it_serves_the_most_urgent_ranks_that_can_be_served_together(
-    data: st.DataObject,
-) -> None:
+def test_it_serves_the_most_urgent_ranks_that_can_be_served_together(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 6))
     ranks = data.draw(st.permutations(range(size)))
     left = ranks[: data.draw(st.integers(0, size))]

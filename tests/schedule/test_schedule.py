@@ -71,10 +71,7 @@ def execute(schedule: Schedule, sizes: NDArray[np.int64], staging_bytes: int) ->
     placement, live = schedule.start, contents(schedule.start.experts)
     for rnd, after in zip(schedule.rounds, schedule.placements(), strict=True):
         layer, _, source_rank, source_slot, target_rank, target_slot = rnd.transfers.T
-        sources, targets = (
-            (layer, source_rank, source_slot),
-            (layer, target_rank, target_slot),
-        )
+        sources, targets = (layer, source_rank, source_slot), (layer, target_rank, target_slot)
         routed = np.ones(live.shape, dtype=bool)
         drained = tuple(index[rnd.direct] for index in targets)
         routed[drained] = False
@@ -96,19 +93,12 @@ def execute(schedule: Schedule, sizes: NDArray[np.int64], staging_bytes: int) ->
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[Placement, Placement, dict[str, Any]]:
     """Two placements of one shape, and bounds for `make_schedule`."""
-    layers, ranks, slots = (
-        draw(st.integers(1, 4)),
-        draw(st.integers(1, 8)),
-        draw(st.integers(1, 5)),
-    )
+    layers, ranks, slots = draw(st.integers(1, 4)), draw(st.integers(1, 8)), draw(st.integers(1, 5))
     num_experts = draw(st.integers(1, ranks * slots))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     current, wanted = (random_placement(rng, layers, ranks, slots, num_experts) for _ in range(2))
     sizes = draw(
-        st.one_of(
-            st.integers(1, 9),
-            st.lists(st.integers(1, 9), min_size=layers, max_size=layers),
-        )
+        st.one_of(st.integers(1, 9), st.lists(st.integers(1, 9), min_size=layers, max_size=layers))
     )
     largest = max(sizes) if isinstance(sizes, list) else sizes
     bounds = {
@@ -123,12 +113,7 @@ def problems(draw: st.DrawFn) -> tuple[Placement, Placement, dict[str, Any]]:
 
 
 def check(schedule: Schedule, bounds: dict[str, Any]) -> None:
-    kinds = (
-        "expert_bytes",
-        "staging_bytes",
-        "layers_per_round",
-        "send_bytes_per_round",
-    )
+    kinds = ("expert_bytes", "staging_bytes", "layers_per_round", "send_bytes_per_round")
     check_schedule(schedule, **{name: bounds[name] for name in kinds})
 
 
@@ -174,12 +159,7 @@ def test_a_layer_takes_as_many_rounds_as_the_busiest_rank_has_arrivals_with_stag
     if current.num_slots > current.num_experts:
         return
     schedule = make_schedule(
-        current,
-        wanted,
-        expert_bytes=1,
-        staging_bytes=1,
-        direct=direct,
-        layers_per_round=1,
+        current, wanted, expert_bytes=1, staging_bytes=1, direct=direct, layers_per_round=1
     )
     arrivals = (current.experts != schedule.target.experts).sum(axis=2)
     busiest = int(arrivals.max(axis=1).sum())
@@ -219,10 +199,7 @@ def one_layer(*ranks: list[int], num_experts: int) -> Placement:
 def test_nothing_to_move_is_no_round() -> None:
     current = one_layer([0, 1], [2, 3], num_experts=4)
     schedule = make_schedule(
-        current,
-        one_layer([1, 0], [2, 3], num_experts=4),
-        expert_bytes=1,
-        staging_bytes=1,
+        current, one_layer([1, 0], [2, 3], num_experts=4), expert_bytes=1, staging_bytes=1
     )
     assert schedule.rounds == ()
     assert schedule.target == current
@@ -237,10 +214,7 @@ def test_slots_with_a_live_replica_elsewhere_are_received_into_directly() -> Non
 
 
 def test_a_swap_without_replicas_is_staged() -> None:
-    current, wanted = (
-        one_layer([0], [1], num_experts=2),
-        one_layer([1], [0], num_experts=2),
-    )
+    current, wanted = one_layer([0], [1], num_experts=2), one_layer([1], [0], num_experts=2)
     (rnd,) = make_schedule(current, wanted, expert_bytes=1, staging_bytes=1).rounds
     assert len(rnd) == 2
     assert not rnd.direct.any()
@@ -317,17 +291,9 @@ def test_layers_may_have_experts_of_different_sizes() -> None:
         ({"expert_bytes": 1.5}, TypeError, "expert_bytes must be integers"),
         ({"expert_bytes": [10, 10]}, ValueError, r"one per layer \(1\)"),
         ({"layers_per_round": 0}, ValueError, "layers_per_round must be at least 1"),
-        (
-            {"send_bytes_per_round": 0},
-            ValueError,
-            "send_bytes_per_round must be at least 1",
-        ),
+        ({"send_bytes_per_round": 0}, ValueError, "send_bytes_per_round must be at least 1"),
         ({"ranks_per_node": 0}, ValueError, "ranks_per_node must be at least 1"),
-        (
-            {"wanted": one_layer([0, 1, 2], num_experts=3)},
-            ValueError,
-            "differ in shape",
-        ),
+        ({"wanted": one_layer([0, 1, 2], num_experts=3)}, ValueError, "differ in shape"),
     ],
 )
 def test_bounds_that_cannot_work_are_refused(
@@ -354,11 +320,7 @@ START = one_layer([0, 1], [1, 2], [3, 2], num_experts=4)
         ([[0, 4, 0, 0, 1, 0]], [0], "is outside"),
         ([[0, 0, 0, 0, 3, 0]], [0], "is outside"),
         ([[0, 2, 0, 0, 1, 0]], [0], "rank 0: the source slot does not hold the expert"),
-        (
-            [[0, 0, 0, 0, 1, 0], [0, 3, 2, 0, 1, 0]],
-            [0, 0],
-            "rank 1: a slot is the target of two",
-        ),
+        ([[0, 0, 0, 0, 1, 0], [0, 3, 2, 0, 1, 0]], [0, 0], "rank 1: a slot is the target of two"),
         (
             [[0, 0, 0, 0, 1, 0], [0, 1, 1, 0, 2, 1]],
             [1, 0],
@@ -375,11 +337,7 @@ START = one_layer([0, 1], [1, 2], [3, 2], num_experts=4)
             [1, 1],
             "expert 1 has no live slot once the direct targets are drained",
         ),
-        (
-            [[0, 0, 0, 0, 1, 0]],
-            [0],
-            "after the last round layer 0, rank 1, slot 0 holds expert 0",
-        ),
+        ([[0, 0, 0, 0, 1, 0]], [0], "after the last round layer 0, rank 1, slot 0 holds expert 0"),
     ],
 )
 def test_a_round_that_breaks_an_invariant_is_refused_by_name(
@@ -402,10 +360,7 @@ def test_bounds_that_a_schedule_exceeds_are_named() -> None:
     schedule = make_schedule(current, wanted, expert_bytes=10, staging_bytes=40)
     check_schedule(schedule, expert_bytes=10, staging_bytes=40)
     for bound, message in (
-        (
-            {"layers_per_round": 1},
-            r"round \d+: touches \d layers, layers_per_round is 1",
-        ),
+        ({"layers_per_round": 1}, r"round \d+: touches \d layers, layers_per_round is 1"),
         ({"send_bytes_per_round": 15}, r"round \d+, rank \d: sends take \d+ bytes"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -413,10 +368,7 @@ def test_bounds_that_a_schedule_exceeds_are_named() -> None:
 
 
 def test_one_expert_may_be_sent_whatever_the_bound() -> None:
-    current, wanted = (
-        one_layer([0], [1], num_experts=2),
-        one_layer([1], [0], num_experts=2),
-    )
+    current, wanted = one_layer([0], [1], num_experts=2), one_layer([1], [0], num_experts=2)
     schedule = make_schedule(
         current, wanted, expert_bytes=10, staging_bytes=10, send_bytes_per_round=1
     )

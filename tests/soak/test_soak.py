@@ -88,10 +88,7 @@ def test_a_model_lives_through_everything_at_once_without_a_wrong_output(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     with capsys.disabled():
-        print(
-            f"\nsoak: TORCH_EPLB_SOAK_SEED={SEED}, {RANKS} ranks, {SECONDS:g} s",
-            flush=True,
-        )
+        print(f"\nsoak: TORCH_EPLB_SOAK_SEED={SEED}, {RANKS} ranks, {SECONDS:g} s", flush=True)
     results = run_ranks(soak, RANKS, SEED, SECONDS, timeout=SECONDS + 150)
     counts: Counter[str] = sum((result["counts"] for result in results), Counter())
     faults = {name: n for name, n in counts.items() if name.startswith("fault: ")}
@@ -106,10 +103,7 @@ def test_a_model_lives_through_everything_at_once_without_a_wrong_output(
             )
         print(f"  faults injected in all: {sum(faults.values())}")
         print(f"  wrong outputs: {counts['wrong outputs']}")
-        print(
-            f"  rank 0 held {results[0]['before']}, at the end {results[0]['after']}",
-            flush=True,
-        )
+        print(f"  rank 0 held {results[0]['before']}, at the end {results[0]['after']}", flush=True)
     assert counts["wrong outputs"] == 0
     assert counts["rebalances"] > 0
     assert counts["experts moved"] > 0

@@ -20,10 +20,7 @@ class FewKernelExperts(nn.Module):
         self.register_buffer("scale", torch.rand(EXPERTS) + 0.5)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         return compute(
             hidden_states,
@@ -38,10 +35,7 @@ class SentinelExperts(FewKernelExperts):
     """Skips choices of the id past its last expert; to be registered so."""
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         # Their weight is 0 as well.
         return super().forward(
@@ -53,20 +47,13 @@ class ExternalExperts(FewKernelExperts):
     """Dispatches by itself: fetches all slots of all ranks, and computes by physical id."""
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         gate_up, down, scale = (
             gather_slots(t.detach()) for t in (self.gate_up_proj, self.down_proj, self.scale)
         )
         return compute(
-            hidden_states,
-            top_k_index,
-            top_k_weights * scale[top_k_index],
-            gate_up,
-            down,
+            hidden_states, top_k_index, top_k_weights * scale[top_k_index], gate_up, down
         )
 
 
@@ -105,10 +92,7 @@ class FewKernelModel(nn.Module):
     """Residual MoE layers on rows ``[T, hidden]``."""
 
     def __init__(
-        self,
-        experts: type[FewKernelExperts] = FewKernelExperts,
-        layers: int = 2,
-        seed: int = 0,
+        self, experts: type[FewKernelExperts] = FewKernelExperts, layers: int = 2, seed: int = 0
     ) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):

@@ -64,8 +64,7 @@ class Life:
         self.inference = chance.random() < 0.4
         gradients = ["none", "inputs", "experts"] if not self.inference else ["none"]
         self.company = Company(
-            *(group, rank, group.size(), chance, own, counts),
-            gradients=chance.choice(gradients),
+            *(group, rank, group.size(), chance, own, counts), gradients=chance.choice(gradients)
         )
         self.step = -1
         self.models: list[Wrapped] = []
@@ -83,10 +82,7 @@ class Life:
     def live(self) -> None:
         """From the first step to the end of the wrappers."""
         chance = self.company.chance
-        with (
-            torch.inference_mode(self.inference),
-            torch.no_grad(),
-        ):  # not the other way round
+        with torch.inference_mode(self.inference), torch.no_grad():  # not the other way round
             for step in range(chance.randint(20, 80)):
                 self.step = step
                 for event, probability in EVENTS:

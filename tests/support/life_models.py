@@ -20,10 +20,7 @@ class PaddedExperts(Experts):
     """Nobody computes an id of -1, and the weight that comes with it is not looked at."""
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         return compute(self, top_k_index >= 0, hidden_states, top_k_index, top_k_weights)
 
@@ -32,10 +29,7 @@ class SentinelExperts(PaddedExperts):
     """Skips the id past its last expert, too: what all_reduce marks foreign choices with."""
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         kept = (top_k_index >= 0) & (top_k_index < self.num_experts)
         return compute(self, kept, hidden_states, top_k_index, top_k_weights)
@@ -50,10 +44,7 @@ class PhysicalExperts(PaddedExperts):
     group: dist.ProcessGroup
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         slots = {}
         for name in ("gate_up_proj", "down_proj", "down_bias", "scale"):
@@ -66,11 +57,7 @@ class PhysicalExperts(PaddedExperts):
 
 
 def compute(
-    experts: Any,
-    kept: torch.Tensor,
-    x: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
+    experts: Any, kept: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     """`Experts.forward` for the choices that are kept."""
     ids, weights = ids.long().masked_fill(~kept, 0), weights.masked_fill(~kept, 0.0)

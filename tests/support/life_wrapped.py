@@ -338,10 +338,7 @@ class Wrapped:
         self.company.count("weights saved")
 
     def _let_transfers_be_corrupted(self) -> None:
-        exchange, migration = (
-            self.balancer.engine.exchange,
-            self.balancer.engine._migration,
-        )
+        exchange, migration = self.balancer.engine.exchange, self.balancer.engine._migration
         verified: Callable[[], bool] = exchange.verified
 
         def damaged() -> bool:

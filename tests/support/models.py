@@ -29,10 +29,7 @@ class Experts(nn.Module):
         self.register_buffer("scale", torch.rand(num_experts) + 0.5)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         result = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
@@ -83,11 +80,7 @@ class ToyModel(nn.Module):
 
 
 def skewed_batch(
-    tokens: int,
-    hidden: int,
-    seed: int,
-    strength: float = 2.0,
-    dtype: torch.dtype = torch.float32,
+    tokens: int, hidden: int, seed: int, strength: float = 2.0, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """Tokens around a few centres, so that some experts are hot; the centres change with seed."""
     generator = torch.Generator().manual_seed(seed)

@@ -35,12 +35,7 @@ class Ordinary(nn.Module):
 
 def wrap(model: nn.Module, **options: Any) -> torch_eplb.ExpertLoadBalancer:
     return torch_eplb.wrap(
-        model,
-        collect_interval=2,
-        plan_interval=0,
-        policy="random",
-        timeout=30,
-        **options,
+        model, collect_interval=2, plan_interval=0, policy="random", timeout=30, **options
     )
 
 

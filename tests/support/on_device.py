@@ -33,10 +33,7 @@ def make(
 
 
 def serve(
-    balancer: torch_eplb.ExpertLoadBalancer,
-    plain: FewKernelModel,
-    rank: int,
-    rebalances: int,
+    balancer: torch_eplb.ExpertLoadBalancer, plain: FewKernelModel, rank: int, rebalances: int
 ) -> None:
     """Forwards, each compared, until so many rebalances were made."""
     shared = balancer.eplb_config.dispatch == "all_reduce"

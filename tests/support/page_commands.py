@@ -108,10 +108,7 @@ def check(command: Command, block: Block, others: list[Block]) -> None:
     for name in command.variables:
         known = name == "OMP_NUM_THREADS" or any(
             f'"{name}"' in path.read_text(encoding="utf-8")
-            for path in [
-                *ROOT.glob("tests/**/test_*.py"),
-                *ROOT.glob("torch_eplb/**/*.py"),
-            ]
+            for path in [*ROOT.glob("tests/**/test_*.py"), *ROOT.glob("torch_eplb/**/*.py")]
         )
         assert known, f"{block}: nothing reads the variable {name}"
     if command.words[0] == "torchrun":

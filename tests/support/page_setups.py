@@ -337,10 +337,7 @@ class OneTensor(nn.Module):
         self.up = nn.Parameter(torch.randn(8, 16, 16) / 4)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         out = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):
@@ -388,17 +385,7 @@ def files(rank: int, world_size: int) -> Iterator[Names]:
 SETUPS: dict[str, Setup] = {
     setup.__name__: setup
     for setup in (
-        *(
-            nothing,
-            moved,
-            restart,
-            meta_dcp,
-            pretrained,
-            serving,
-            loop,
-            external,
-            new_weights,
-        ),
+        *(nothing, moved, restart, meta_dcp, pretrained, serving, loop, external, new_weights),
         *(own_layer, own_policy, transport, unit, files),
     )
 }

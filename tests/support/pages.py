@@ -32,17 +32,7 @@ from support.programs import ROOT
 __all__ = ["Block", "PageError", "find_blocks", "pages", "program", "text_of"]
 
 WORDS = {
-    "python": {
-        "ranks",
-        "alone",
-        "torchrun",
-        "launched",
-        "file",
-        "into",
-        "setup",
-        "device",
-        "else",
-    },
+    "python": {"ranks", "alone", "torchrun", "launched", "file", "into", "setup", "device", "else"},
     "sh": {"run"},
     "bash": {"slurm"},
     "yaml": {"kubernetes", "alerts"},
@@ -96,14 +86,9 @@ class Block:
 
 def pages() -> list[str]:
     """Every page, relative to the repository, README first."""
-    found = [
-        *ROOT.glob("*.md"),
-        *ROOT.glob("docs/**/*.md"),
-        *ROOT.glob("examples/**/*.md"),
-    ]
+    found = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")]
     return sorted(
-        (str(path.relative_to(ROOT)) for path in found),
-        key=lambda p: (p != "README.md", p),
+        (str(path.relative_to(ROOT)) for path in found), key=lambda p: (p != "README.md", p)
     )
 
 

@@ -75,15 +75,7 @@ def run_ranks(
             ours, theirs = _context.Pipe(duplex=False)
             process = _context.Process(
                 target=_entry,
-                args=(
-                    theirs,
-                    source,
-                    body.__qualname__,
-                    rank,
-                    world_size,
-                    args,
-                    *common,
-                ),
+                args=(theirs, source, body.__qualname__, rank, world_size, args, *common),
                 daemon=False,
             )
             process.start()
@@ -101,10 +93,7 @@ def run_ranks(
 
 
 def _collect(
-    pipes: list[Connection],
-    processes: list[Any],
-    deadline: float,
-    may_die: tuple[int, ...],
+    pipes: list[Connection], processes: list[Any], deadline: float, may_die: tuple[int, ...]
 ) -> list[Any]:
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}

@@ -51,9 +51,4 @@ STAY = "\ntime.sleep(1000)"
 
 def stand_in(source: str) -> Callable[[int], list[str]]:
     """The command of a program that runs ``source`` after the above, and then stays."""
-    return lambda fd: [
-        sys.executable,
-        "-c",
-        STAND_IN + textwrap.dedent(source) + STAY,
-        str(fd),
-    ]
+    return lambda fd: [sys.executable, "-c", STAND_IN + textwrap.dedent(source) + STAY, str(fd)]

@@ -51,11 +51,7 @@ def placements(draw: st.DrawFn, count: int = 1) -> list[Placement]:
         (GOOD.astype(float), TypeError, "integer array .* got dtype float64"),
         (GOOD[0], ValueError, r"shape \[layers, ranks, slots\].* got \[3, 2\]"),
         (GOOD[:0], ValueError, r"each at least 1, got \[0, 3, 2\]"),
-        (
-            _with(1, 1, 4),
-            ValueError,
-            r"layer 1, rank 1, slot 1: expert 4 .* 4 experts \(0\.\.3\)",
-        ),
+        (_with(1, 1, 4), ValueError, r"layer 1, rank 1, slot 1: expert 4 .* 4 experts \(0\.\.3\)"),
         (_with(0, 0, -1), ValueError, "layer 1, rank 0, slot 0: expert -1"),
         (_with(1, 0, 3), ValueError, "layer 1: expert 2 has no slot"),
         (_with(0, 0, 1), ValueError, "layer 1, rank 0: expert 1 sits in 2 slots"),
@@ -159,9 +155,7 @@ def test_slots_replicas_and_ranks_tell_the_same_story(made: list[Placement]) -> 
 
 
 @pytest.mark.parametrize("shape", [(4, 2, 2), (6, 2, 4), (7, 3, 3), (2, 4, 2), (5, 1, 5)])
-def test_the_initial_placement_has_experts_in_order(
-    shape: tuple[int, int, int],
-) -> None:
+def test_the_initial_placement_has_experts_in_order(shape: tuple[int, int, int]) -> None:
     experts, ranks, slots = shape
     placement = Placement.initial(3, experts, ranks, slots)
     flat = placement.experts.reshape(3, -1)
@@ -192,12 +186,7 @@ def test_the_triple_says_what_the_placement_says_and_leads_back_to_it(
             padding = [-1] * (logcnt.max() - len(slots))
             assert logcnt[layer, expert] == len(slots)
             assert log2phy[layer, expert].tolist() == slots + padding
-    for given_as in (
-        phy2log,
-        phy2log.tolist(),
-        torch.from_numpy(phy2log),
-        phy2log.astype("u1"),
-    ):
+    for given_as in (phy2log, phy2log.tolist(), torch.from_numpy(phy2log), phy2log.astype("u1")):
         for num_experts in (experts, None):
             again = Placement.from_phy2log(
                 given_as, placement.num_ranks, num_experts, allow_duplicates=doubled
@@ -219,26 +208,11 @@ FLAT = GOOD.reshape(2, 6)
 @pytest.mark.parametrize(
     ("phy2log", "num_ranks", "error", "says"),
     [
-        (
-            FLAT.astype(float),
-            3,
-            TypeError,
-            "phy2log must be an integer array .* dtype float64",
-        ),
-        (
-            torch.ones(2, 6, requires_grad=True),
-            3,
-            TypeError,
-            "phy2log must .* dtype float32",
-        ),
+        (FLAT.astype(float), 3, TypeError, "phy2log must be an integer array .* dtype float64"),
+        (torch.ones(2, 6, requires_grad=True), 3, TypeError, "phy2log must .* dtype float32"),
         (GOOD, 3, ValueError, r"phy2log must have the shape .* got \[2, 3, 2\]"),
         (FLAT[:0], 3, ValueError, r"each at least 1, got \[0, 6\]"),
-        (
-            [[0, 1], [0]],
-            1,
-            ValueError,
-            "phy2log must be an integer array .* inhomogeneous",
-        ),
+        ([[0, 1], [0]], 1, ValueError, "phy2log must be an integer array .* inhomogeneous"),
         (FLAT, 0, ValueError, "num_ranks must be at least 1, got 0"),
         (
             FLAT,
@@ -246,19 +220,9 @@ FLAT = GOOD.reshape(2, 6)
             ValueError,
             r"phy2log has 6 physical experts .* must be a multiple of num_ranks \(4\)",
         ),
-        (
-            FLAT - 4,
-            3,
-            ValueError,
-            "layer 0, rank 0, slot 0: expert -4 is not one of the 1 experts",
-        ),
+        (FLAT - 4, 3, ValueError, "layer 0, rank 0, slot 0: expert -4 is not one of the 1 experts"),
         (FLAT * 2, 3, ValueError, "layer 0: expert 1 has no slot on any rank"),
-        (
-            FLAT[:, [0, 3, 1, 2, 4, 5]],
-            3,
-            ValueError,
-            "rank 0: expert 0 sits in 2 slots",
-        ),
+        (FLAT[:, [0, 3, 1, 2, 4, 5]], 3, ValueError, "rank 0: expert 0 sits in 2 slots"),
     ],
 )
 def test_an_array_that_is_no_phy2log_is_refused_by_name(

@@ -118,11 +118,7 @@ def _mean_samples(load: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def usable_placement(
-    table: NDArray[Any] | None,
-    layers: int,
-    experts: int,
-    num_ranks: int,
-    num_slots: int,
+    table: NDArray[Any] | None, layers: int, experts: int, num_ranks: int, num_slots: int
 ) -> Placement:
     """The placement of a flat map, mended where it is none.
 

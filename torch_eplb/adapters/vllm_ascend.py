@@ -41,12 +41,7 @@ __all__ = ["EplbPolicy", "install"]
 
 logger = logging.getLogger("torch_eplb")
 
-_CLASSES = {
-    0: "RandomLoadBalance",
-    1: "DefaultEplb",
-    2: "SwiftBalanceEplb",
-    3: "FlashLB",
-}
+_CLASSES = {0: "RandomLoadBalance", 1: "DefaultEplb", 2: "SwiftBalanceEplb", 3: "FlashLB"}
 
 
 class EplbPolicy:

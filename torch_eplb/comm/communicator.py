@@ -32,13 +32,7 @@ from torch_eplb.comm.processes import ProcessIdentity
 from torch_eplb.comm.store import BoundedStore
 from torch_eplb.values.errors import EPLBError, PeerLostError
 
-__all__ = [
-    "Communicator",
-    "all_gather_single",
-    "backend_of",
-    "device_of",
-    "make_communicator",
-]
+__all__ = ["Communicator", "all_gather_single", "backend_of", "device_of", "make_communicator"]
 
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 _WATCHED = ("nccl", "hccl")
@@ -165,9 +159,7 @@ class Communicator:
         if over_gloo and self.backend != "fake":
             self._data_backend = "gloo"
         options = transport.group_options(
-            self._data_backend,
-            hccl_buffer_size=hccl_buffer_size,
-            nccl_max_ctas=nccl_max_ctas,
+            self._data_backend, hccl_buffer_size=hccl_buffer_size, nccl_max_ctas=nccl_max_ctas
         )
         self._data = self._make_group("data", self._data_backend, options)
         self._warm_up()

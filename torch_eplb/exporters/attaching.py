@@ -21,15 +21,7 @@ __all__ = ["Attachment", "attach"]
 
 logger = logging.getLogger("torch_eplb")
 
-_UNITS = {
-    "": 1.0,
-    "s": 1.0,
-    "sec": 1.0,
-    "seconds": 1.0,
-    "ms": 1e-3,
-    "min": 60.0,
-    "h": 3600.0,
-}
+_UNITS = {"": 1.0, "s": 1.0, "sec": 1.0, "seconds": 1.0, "ms": 1e-3, "min": 60.0, "h": 3600.0}
 
 _LOOK_EVERY = 0.1
 """Seconds between two looks at the step, where snapshots are taken every so many steps."""

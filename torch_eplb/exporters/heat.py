@@ -51,11 +51,7 @@ def png(colours: NDArray[np.uint8]) -> bytes:
     lines = np.zeros((rows, 1 + 3 * columns), dtype=np.uint8)
     lines[:, 1:] = colours.reshape(rows, -1)
     header = struct.pack(">IIBBBBB", columns, rows, 8, 2, 0, 0, 0)
-    parts = (
-        (b"IHDR", header),
-        (b"IDAT", zlib.compress(lines.tobytes(), 9)),
-        (b"IEND", b""),
-    )
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(lines.tobytes(), 9)), (b"IEND", b""))
     chunks = [
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         for kind, data in parts

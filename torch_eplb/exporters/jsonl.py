@@ -158,13 +158,7 @@ class SnapshotLines:
                 if stats.get(name) is not None:
                     stats[name] = [math.nan if v is None else float(v) for v in stats[name]]
             return Snapshot(float(record["time"]), rank, stats, **arrays, labels=labels)
-        except (
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-            RecursionError,
-        ) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(
                 f"{self._path}: holds a line that is no snapshot ({reason}); {_REMEDY}"

@@ -41,14 +41,7 @@ def report(stats: Stats, placement: Placement, load: Load | None = None) -> str:
     )
     lines = [head, f"step {stats.step:,}: {stats.stage}"]
     lines += [f"{name} {reason}" for name, reason in _troubles(stats)]
-    lines += [
-        "",
-        *_balance(stats),
-        "",
-        *_totals(stats),
-        "",
-        *_layers(stats, placement, load),
-    ]
+    lines += ["", *_balance(stats), "", *_totals(stats), "", *_layers(stats, placement, load)]
     return "\n".join(lines)
 
 

@@ -78,14 +78,7 @@ def _read_npy(name: str) -> Any:
     try:
         # Mapped first, so that a header which claims more than the file holds is refused.
         return np.array(np.load(name, mmap_mode="r", allow_pickle=False))
-    except (
-        ValueError,
-        OSError,
-        EOFError,
-        SyntaxError,
-        OverflowError,
-        MemoryError,
-    ) as error:
+    except (ValueError, OSError, EOFError, SyntaxError, OverflowError, MemoryError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"{name}: is not a readable npy file ({reason}); save a plain array of numbers with "
@@ -97,14 +90,7 @@ def _holds_arrays(file: BinaryIO) -> bool:
     try:
         with zipfile.ZipFile(file) as archive:
             return any(member.endswith(".npy") for member in archive.namelist())
-    except (
-        zipfile.BadZipFile,
-        OSError,
-        ValueError,
-        RuntimeError,
-        EOFError,
-        struct.error,
-    ):
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, EOFError, struct.error):
         return False
 
 

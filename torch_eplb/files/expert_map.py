@@ -24,12 +24,7 @@ import numpy as np
 from torch_eplb.files.paths import PathLike, atomic_write, open_checked
 from torch_eplb.values.placement import Placement
 
-__all__ = [
-    "format_expert_map",
-    "parse_expert_map",
-    "read_expert_map",
-    "write_expert_map",
-]
+__all__ = ["format_expert_map", "parse_expert_map", "read_expert_map", "write_expert_map"]
 
 MAX_MAP_BYTES = 32 * 2**20
 """Largest file that is parsed: an indented map of 100 layers x 1,024 slots takes about 2 MiB."""
@@ -192,11 +187,7 @@ def _layers(
 
 
 def _slots(
-    devices: list[Any],
-    layer_id: int,
-    num_experts: int,
-    num_ranks: int,
-    num_slots: int | None,
+    devices: list[Any], layer_id: int, num_experts: int, num_ranks: int, num_slots: int | None
 ) -> Iterator[list[int]]:
     """The experts in the slots of each rank of a layer, by rank."""
     by_rank: dict[int, list[Any]] = {}

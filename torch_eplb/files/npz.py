@@ -129,13 +129,7 @@ class NpzReader:
             shape, fortran, dtype = readers[version](member, max_header_size=4096)
             if min(shape, default=0) < 0:
                 raise ValueError(f"negative shape {shape}")
-        except (
-            ValueError,
-            TypeError,
-            SyntaxError,
-            OverflowError,
-            RecursionError,
-        ) as error:
+        except (ValueError, TypeError, SyntaxError, OverflowError, RecursionError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(
                 f"{self.path}: array {name!r} has no valid npy header ({reason}); {self.remedy}"

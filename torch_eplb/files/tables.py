@@ -67,10 +67,7 @@ def parse_array(path: str, value: Any, context: Context) -> RecordedLoad | Physi
         table = integers(path, "the map", array, (2, 3))
         ranks = table.shape[1] if table.ndim == 3 else None
         return PhysicalMap(
-            table.reshape(len(table), -1),
-            ranks,
-            list(range(len(table))),
-            "table of slots",
+            table.reshape(len(table), -1), ranks, list(range(len(table))), "table of slots"
         )
     if context.plain == "physical-load":
         return _physical(path, array, context)
@@ -93,10 +90,7 @@ def _slot_table(path: str, array: NDArray[Any]) -> PhysicalMap:
             f" (it has -1), but not every rank has one expert in each of its {slots} slots"
         )
     return PhysicalMap(
-        result.reshape(layers, -1),
-        ranks,
-        list(range(layers)),
-        "vLLM-Ascend table of slots",
+        result.reshape(layers, -1), ranks, list(range(layers)), "vLLM-Ascend table of slots"
     )
 
 

@@ -33,14 +33,7 @@ from numpy.typing import NDArray
 from torch_eplb.files.npz import NpzReader, open_npz
 from torch_eplb.files.paths import PathLike, atomic_write, check_target
 
-__all__ = [
-    "Trace",
-    "TraceWriter",
-    "read_load",
-    "read_trace",
-    "window_samples",
-    "write_trace",
-]
+__all__ = ["Trace", "TraceWriter", "read_load", "read_trace", "window_samples", "write_trace"]
 
 MAX_TRACE_BYTES = 4 * 2**30
 """Largest uncompressed array that `read_trace` accepts unless told otherwise."""
@@ -156,9 +149,7 @@ def read_trace(path: PathLike, *, max_bytes: int = MAX_TRACE_BYTES) -> Trace:
         mix = None
         if archive.has("mix"):
             mix = archive.read(
-                "mix",
-                lambda dtype, shape: dtype.kind == "f" and len(shape) == 2,
-                max_bytes,
+                "mix", lambda dtype, shape: dtype.kind == "f" and len(shape) == 2, max_bytes
             )
         meta = _read_meta(archive)
     try:
@@ -331,10 +322,7 @@ def _narrowest(value: int) -> int:
 def _check_counts(name: str, counts: NDArray[Any]) -> None:
     if counts.size == 0:
         return
-    for bad, value in (
-        (counts.min() < 0, counts.min()),
-        (counts.max() > MAX_COUNT, counts.max()),
-    ):
+    for bad, value in ((counts.min() < 0, counts.min()), (counts.max() > MAX_COUNT, counts.max())):
         if bad:
             raise ValueError(f"{name} must be token counts from 0 to 2**53, got {value}")
 
@@ -361,11 +349,7 @@ def _write_archive(
     small = {"meta": _meta_array(meta)}
     if mix is not None:
         small["mix"] = np.ascontiguousarray(mix)
-    header = {
-        "descr": np.lib.format.dtype_to_descr(dtype),
-        "fortran_order": False,
-        "shape": shape,
-    }
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     with atomic_write(path, "trace") as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open(_member("counts"), "w", force_zip64=True) as member:
             np.lib.format.write_array_header_1_0(member, header)

@@ -15,14 +15,7 @@ from torch_eplb.layers.context import LayerContext
 from torch_eplb.layers.experts import ExpertLayer
 from torch_eplb.layers.graphs import outside_graphs
 from torch_eplb.layers.journey import Journey
-from torch_eplb.routing import (
-    count_hits,
-    departures,
-    divide,
-    meet,
-    plan_dispatch,
-    to_device,
-)
+from torch_eplb.routing import count_hits, departures, divide, meet, plan_dispatch, to_device
 from torch_eplb.values.errors import EPLBError
 
 __all__ = ["AllToAll"]
@@ -105,11 +98,7 @@ class AllToAll(ComputesChoices[_Trip]):
         Raises:
             EPLBError: ranks are not in the same layer of the same step.
         """
-        context, comm, num_slots = (
-            self.context,
-            self.context.comm,
-            self.context.tables.num_slots,
-        )
+        context, comm, num_slots = self.context, self.context.comm, self.context.tables.num_slots
         if context.tables.replica_choice == "batch":
             physical_TK, num_choices = self._choose_together(ids_TK, counted_T)
             met_RT = meet(physical_TK, comm.num_ranks, num_slots)

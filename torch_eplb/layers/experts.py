@@ -197,11 +197,7 @@ def byte_view(tensor: torch.Tensor) -> torch.Tensor:
 
 def _expert_tensor_names(layer: ExpertLayer) -> list[str]:
     """Names of the tensors indexed by expert, checked."""
-    module, spec, where = (
-        layer.module,
-        layer.spec,
-        layer.name or type(layer.module).__name__,
-    )
+    module, spec, where = layer.module, layer.spec, layer.name or type(layer.module).__name__
     found = dict(_named_tensors(module))
     if spec.tensors is not None:
         missing = [name for name in spec.tensors if name not in found]

@@ -91,11 +91,7 @@ class Dispatch(BoundToRanks):
         raise NotImplementedError
 
     def after(
-        self,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Any,
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         raise NotImplementedError
 
@@ -153,10 +149,7 @@ class Dispatch(BoundToRanks):
         return logical_ids(ids_TK, layer.num_experts, layer.num_zero_experts, layer.name)
 
     def _identity(
-        self,
-        hidden_TH: torch.Tensor,
-        router_ids: torch.Tensor,
-        weights_TK: torch.Tensor,
+        self, hidden_TH: torch.Tensor, router_ids: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor | None:
         """``[T, H]``: what zero-compute experts add to the output, at home; None without them."""
         layer = self.layer

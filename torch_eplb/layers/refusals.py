@@ -12,13 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = [
-    "adapter_around",
-    "in_norm",
-    "refuse_offloaded",
-    "refuse_parts",
-    "refuse_tied",
-]
+__all__ = ["adapter_around", "in_norm", "refuse_offloaded", "refuse_parts", "refuse_tied"]
 
 _REGISTER = "torch_eplb.register_layer(..., tensors=[...])"
 _MANY = 1024  # entries of a container that is not looked into: a vocabulary, say
@@ -186,10 +180,7 @@ def adapter_around(model: nn.Module, path: str) -> str | None:
     """
     for module in _above(model, f"{path}."):
         if {"base_layer", "original_module"} & module._modules.keys():
-            kind, named = (
-                type(module).__name__,
-                getattr(module, "active_adapters", None),
-            )
+            kind, named = type(module).__name__, getattr(module, "active_adapters", None)
             return f"{kind} {', '.join(map(str, named))!r}" if named else kind
     return None
 

@@ -17,13 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = [
-    "BoundArguments",
-    "LayerSpec",
-    "find_spec",
-    "register_layer",
-    "skips_sentinel",
-]
+__all__ = ["BoundArguments", "LayerSpec", "find_spec", "register_layer", "skips_sentinel"]
 
 
 @dataclass(frozen=True)
@@ -157,8 +151,7 @@ def find_spec(module: nn.Module) -> LayerSpec | None:
     if isinstance(getattr(module, "num_experts", None), int):
         # Those that take part in transformers' own expert parallelism skip sentinels, at times.
         return LayerSpec(
-            *names,
-            skips_sentinel=None if hasattr(module, "_is_expert_parallel") else False,
+            *names, skips_sentinel=None if hasattr(module, "_is_expert_parallel") else False
         )
     zero = "zero_expert_num"  # LongCat-Flash
     if all(isinstance(getattr(module, name, None), int) for name in ("num_routed_experts", zero)):
@@ -214,10 +207,7 @@ class BoundArguments:
         return args[position] if position < len(args) else None
 
     def replace(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        values: dict[str, torch.Tensor],
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], values: dict[str, torch.Tensor]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """``args`` and ``kwargs`` with the named arguments exchanged."""
         new_args = list(args)

@@ -55,11 +55,7 @@ class Exchange:
     """
 
     def __init__(
-        self,
-        layers: Sequence[ExpertLayer],
-        comm: Communicator,
-        staging_bytes: int,
-        verify: bool,
+        self, layers: Sequence[ExpertLayer], comm: Communicator, staging_bytes: int, verify: bool
     ) -> None:
         self._layers = layers
         self._comm = comm

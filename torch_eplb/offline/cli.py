@@ -65,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m torch_eplb",
-        description="Expert-parallel load balancing, offline.",
+        prog="python -m torch_eplb", description="Expert-parallel load balancing, offline."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     command = commands.add_parser(
@@ -93,11 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         help="how the server will split tokens over replicas; default: even",
     )
     command.add_argument(
-        "--first-layer",
-        type=int,
-        default=0,
-        metavar="ID",
-        help="layer id of the first MoE layer",
+        "--first-layer", type=int, default=0, metavar="ID", help="layer id of the first MoE layer"
     )
     command.set_defaults(run=_plan)
 
@@ -108,8 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_plot)
 
     command = commands.add_parser(
-        "convert",
-        help="other engines' recorded loads and expert maps to ours, and back",
+        "convert", help="other engines' recorded loads and expert maps to ours, and back"
     )
     _add_convert_options(command)
     command.set_defaults(run=_convert)
@@ -135,12 +129,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_convert_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add(
-        "sources",
-        nargs="+",
-        metavar="SOURCE",
-        help="the files of one recording, or a map",
-    )
+    add("sources", nargs="+", metavar="SOURCE", help="the files of one recording, or a map")
     add("--out", required=True, metavar="FILE", help="file to write")
     add("--to", choices=TARGETS, help="format to write; default: by the name of FILE")
     add(
@@ -150,31 +139,10 @@ def _add_convert_options(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--map", metavar="MAP", help="the map under which load by slot was counted")
     add("--ranks", type=int, metavar="R", help="ranks of a map that does not say")
-    add(
-        "--experts",
-        type=int,
-        metavar="E",
-        help="logical experts, if the last ones got no tokens",
-    )
-    add(
-        "--layers",
-        type=int,
-        metavar="L",
-        help="all layers of the model, for a map for SGLang",
-    )
-    add(
-        "--first-layer",
-        type=int,
-        default=0,
-        metavar="ID",
-        help="drop layers before this one",
-    )
-    add(
-        "--scale",
-        type=float,
-        metavar="F",
-        help="multiply load by F and round to whole tokens",
-    )
+    add("--experts", type=int, metavar="E", help="logical experts, if the last ones got no tokens")
+    add("--layers", type=int, metavar="L", help="all layers of the model, for a map for SGLang")
+    add("--first-layer", type=int, default=0, metavar="ID", help="drop layers before this one")
+    add("--scale", type=float, metavar="F", help="multiply load by F and round to whole tokens")
     add("--drop-empty-layers", action="store_true", help="drop layers without load")
 
 
@@ -189,28 +157,12 @@ def _add_group_options(command: argparse.ArgumentParser, default_ranks: int | No
         metavar="R",
         help=f"ranks of the expert-parallel group{note}",
     )
-    add(
-        "--redundant",
-        type=int,
-        default=0,
-        metavar="N",
-        help="redundant experts per layer",
-    )
+    add("--redundant", type=int, default=0, metavar="N", help="redundant experts per layer")
     add("--nodes", type=int, default=1, metavar="N", help="nodes that the ranks sit on")
     add("--groups", type=int, default=1, metavar="N", help="expert groups of the router")
-    add(
-        "--min-gain",
-        type=float,
-        metavar="G",
-        help="least PAR gained per moved expert (flow)",
-    )
+    add("--min-gain", type=float, metavar="G", help="least PAR gained per moved expert (flow)")
     add("--target-par", type=float, metavar="P", help="nothing moves below this PAR")
-    add(
-        "--max-moves",
-        type=int,
-        metavar="N",
-        help="most experts moved per layer and plan (flow)",
-    )
+    add("--max-moves", type=int, metavar="N", help="most experts moved per layer and plan (flow)")
 
 
 def _add_replay_options(command: argparse.ArgumentParser) -> None:
@@ -224,66 +176,18 @@ def _add_replay_options(command: argparse.ArgumentParser) -> None:
         "--replica-choice", nargs="+", action="extend", choices=REPLICA_CHOICES, metavar="HOW",
         help=f"any of {', '.join(REPLICA_CHOICES)}; default: batch",
     )  # fmt: skip
-    add(
-        "--window",
-        type=int,
-        default=50,
-        metavar="N",
-        help="steps a plan looks at; default: 50",
-    )
-    add(
-        "--interval",
-        type=int,
-        default=50,
-        metavar="N",
-        help="steps between plans; default: 50",
-    )
+    add("--window", type=int, default=50, metavar="N", help="steps a plan looks at; default: 50")
+    add("--interval", type=int, default=50, metavar="N", help="steps between plans; default: 50")
     add("--steps", type=int, metavar="N", help="replay the first N steps only")
-    add(
-        "--layers",
-        type=int,
-        metavar="N",
-        help="replay N layers, repeating those of the trace",
-    )
+    add("--layers", type=int, metavar="N", help="replay N layers, repeating those of the trace")
     cost = command.add_argument_group("cost model, for bytes and step times")
     add = cost.add_argument
-    add(
-        "--hardware",
-        choices=HARDWARE,
-        default="ascend-910c",
-        help="default: ascend-910c",
-    )
-    add(
-        "--expert-bytes",
-        default="36MiB",
-        metavar="SIZE",
-        help="bytes of an expert; 36MiB",
-    )
-    add(
-        "--flops-per-token",
-        type=float,
-        metavar="F",
-        help="of one expert; as many as bytes",
-    )
-    add(
-        "--tflops",
-        type=float,
-        metavar="T",
-        help="peak rate of a rank, instead of the hardware's",
-    )
-    add(
-        "--gbytes-per-s",
-        type=float,
-        metavar="B",
-        help="link of a rank, instead of the hardware's",
-    )
-    add(
-        "--staging-experts",
-        type=int,
-        default=1,
-        metavar="N",
-        help="staging of a rank; 1",
-    )
+    add("--hardware", choices=HARDWARE, default="ascend-910c", help="default: ascend-910c")
+    add("--expert-bytes", default="36MiB", metavar="SIZE", help="bytes of an expert; 36MiB")
+    add("--flops-per-token", type=float, metavar="F", help="of one expert; as many as bytes")
+    add("--tflops", type=float, metavar="T", help="peak rate of a rank, instead of the hardware's")
+    add("--gbytes-per-s", type=float, metavar="B", help="link of a rank, instead of the hardware's")
+    add("--staging-experts", type=int, default=1, metavar="N", help="staging of a rank; 1")
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:

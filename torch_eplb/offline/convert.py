@@ -44,13 +44,7 @@ __all__ = ["TARGETS", "Options", "convert"]
 TARGETS = ("trace", "expert-map", "sglang", "vllm", "npy", "csv")
 """What ``--to`` takes."""
 
-_BY_SUFFIX = {
-    ".npz": "trace",
-    ".pt": "sglang",
-    ".jsonl": "vllm",
-    ".npy": "npy",
-    ".csv": "csv",
-}
+_BY_SUFFIX = {".npz": "trace", ".pt": "sglang", ".jsonl": "vllm", ".npy": "npy", ".csv": "csv"}
 
 
 @dataclass(frozen=True)

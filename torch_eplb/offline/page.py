@@ -173,11 +173,7 @@ def _par(run: Sequence[Snapshot]) -> str:
     drawn = [
         Line("worst layer, measured", _per_step(run, "par_measured", np.nanmax), "light"),
         Line("mean, measured", _per_step(run, "par_measured", np.nanmean), "main"),
-        Line(
-            "mean, expected by the plan",
-            _per_step(run, "par_predicted", np.nanmean),
-            "dashed",
-        ),
+        Line("mean, expected by the plan", _per_step(run, "par_predicted", np.nanmean), "dashed"),
         Line("mean, last steps", _per_step(run, "par_now", np.nanmean), "other"),
     ]
     drawn = [line for line in drawn if line.points]
@@ -315,10 +311,7 @@ def _layers(last: Snapshot) -> str:
         header += ["hottest expert", "its load / mean", "tokens"]
     rows = []
     for layer in range(len(measured)):
-        row = [
-            layer,
-            *(f"{c[layer]:.3f}" if np.isfinite(c[layer]) else "" for c in columns),
-        ]
+        row = [layer, *(f"{c[layer]:.3f}" if np.isfinite(c[layer]) else "" for c in columns)]
         if last.load is not None:
             load = last.load[layer]
             share = relative(load)[load.argmax()]

@@ -200,13 +200,7 @@ def _par_over_time(part: Any, policies: dict[str, Any]) -> None:
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.legend(
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.14),
-        ncols=4,
-        fontsize=9,
-        frameon=False,
-    )
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4, fontsize=9, frameon=False)
 
 
 def _moving_mean(series: NDArray[np.float64], width: int) -> NDArray[np.float64]:

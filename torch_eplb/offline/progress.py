@@ -29,12 +29,7 @@ def progress_bar(stream: TextIO | None = None) -> Iterator[Progress | None]:
         return
     try:
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            TextColumn,
-            TimeRemainingColumn,
-        )
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
     except ImportError:
         yield _plain(stream)

@@ -98,13 +98,7 @@ class Settings:
     Qwen3-235B-A22B's: 3 matrices of 4096 x 1536 in BF16."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_ranks",
-            "window",
-            "interval",
-            "max_samples",
-            "staging_experts",
-        ):
+        for name in ("num_ranks", "window", "interval", "max_samples", "staging_experts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_redundant_experts < 0:

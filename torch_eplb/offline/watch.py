@@ -101,12 +101,7 @@ def _endpoint(address: str) -> Reader:
             for family in text_string_to_metric_families(text):
                 for sample in family.samples:
                     if sample.name.startswith(PREFIX):
-                        _add(
-                            views,
-                            sample.name.removeprefix(PREFIX),
-                            sample.labels,
-                            sample.value,
-                        )
+                        _add(views, sample.name.removeprefix(PREFIX), sample.labels, sample.value)
         except (urllib.error.URLError, OSError) as error:
             raise OSError(
                 f"{address}: does not answer ({getattr(error, 'reason', error)})"
@@ -251,11 +246,7 @@ def _panel(rich: _Rich, view: View, history: _History, room: int | None) -> Any:
 
 def _balance(rich: _Rich, view: View, history: _History) -> Any:
     table = rich.Table(box=None, pad_edge=False, header_style="bold")
-    for header, right in (
-        ("PAR (1 is perfect)", False),
-        ("mean", True),
-        ("worst layer", True),
-    ):
+    for header, right in (("PAR (1 is perfect)", False), ("mean", True), ("worst layer", True)):
         table.add_column(header, justify="right" if right else "left")
     table.add_column(history.sparks, style="cyan", no_wrap=True)
     for label, name in (
@@ -323,10 +314,7 @@ def _layers(rich: _Rich, view: View, room: int | None) -> Any:
     measured = view.along("par_measured_ratio")
     if not measured:
         return None
-    expected, hottest = (
-        view.along("par_predicted_ratio"),
-        view.along("expert_peak_ratio"),
-    )
+    expected, hottest = view.along("par_predicted_ratio"), view.along("expert_peak_ratio")
     table = rich.Table(box=None, pad_edge=False, header_style="bold")
     for header in ("layer", "PAR", "expected", "hottest expert / mean"):
         table.add_column(header, justify="right")

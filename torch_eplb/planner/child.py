@@ -69,9 +69,7 @@ class ProcessHost:
     """
 
     def __init__(
-        self,
-        settings: PlannerSettings,
-        command: Callable[[int], list[str]] | None = None,
+        self, settings: PlannerSettings, command: Callable[[int], list[str]] | None = None
     ) -> None:
         self._settings = settings
         self._request: Request | None = None

@@ -153,11 +153,7 @@ class FrameReader:
     """
 
     def __init__(
-        self,
-        sock: socket.socket,
-        kinds: Iterable[Kind],
-        *,
-        max_body: int = MAX_BODY_BYTES,
+        self, sock: socket.socket, kinds: Iterable[Kind], *, max_body: int = MAX_BODY_BYTES
     ) -> None:
         self._socket = sock
         self.kinds = frozenset(kinds)
@@ -247,9 +243,7 @@ class FrameReader:
         self._targets.extend(filter(None, map(_bytes_of, self._arrays.values())))
 
 
-def _parse_header(
-    raw: bytes,
-) -> tuple[dict[str, Any], list[tuple[str, str, tuple[int, ...]]]]:
+def _parse_header(raw: bytes) -> tuple[dict[str, Any], list[tuple[str, str, tuple[int, ...]]]]:
     try:
         header = json.loads(raw.decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:

@@ -165,9 +165,7 @@ class Request:
     @classmethod
     def from_frame(cls, frame: Frame) -> Request:
         placement = Placement(
-            frame.arrays["placement"],
-            frame.fields["num_experts"],
-            allow_duplicates=True,
+            frame.arrays["placement"], frame.fields["num_experts"], allow_duplicates=True
         )
         return cls(frame.fields["request_id"], frame.arrays["load"], placement)
 

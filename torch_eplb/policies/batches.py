@@ -263,11 +263,7 @@ class _Descent:
         rows = layers[old.row_rank // ranks]
         items = layers[old.expert // old.single_rank.shape[1]]
         kept = _Descent(self.base[np.repeat(layers, ranks)], self.total[items], layout)
-        kept.parts, kept.ahead, kept.age = (
-            self.parts[rows],
-            self.ahead[rows],
-            self.age[items],
-        )
+        kept.parts, kept.ahead, kept.age = self.parts[rows], self.ahead[rows], self.age[items]
         return kept
 
     def step(self) -> None:

@@ -93,13 +93,7 @@ def groups_on_nodes(placement: Placement, topology: Topology) -> NDArray[np.bool
 
 
 def _place(
-    weight: Floats,
-    replicas: int,
-    groups: int,
-    nodes: int,
-    ranks: int,
-    *,
-    distinct: bool,
+    weight: Floats, replicas: int, groups: int, nodes: int, ranks: int, *, distinct: bool
 ) -> Ints:
     """``[layers, replicas]``: the logical expert of every physical one."""
     layers, experts = weight.shape
@@ -219,10 +213,7 @@ def part_siblings(pack_of: Ints, place: Ints, kind: Ints, weight: Floats, num_pa
         fits = (held[pack_of, double] == 0) & ((held[pack, kind] == 0) | spare)
         others = np.flatnonzero(fits)
         other = others[np.abs(weight[others] - weight[item]).argmin()]
-        for index, old, new in (
-            (item, pack, pack_of[other]),
-            (other, pack_of[other], pack),
-        ):
+        for index, old, new in ((item, pack, pack_of[other]), (other, pack_of[other], pack)):
             held[old, kind[index]] -= 1
             held[new, kind[index]] += 1
         pack_of[item], pack_of[other] = pack_of[other], pack_of[item]

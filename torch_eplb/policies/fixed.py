@@ -78,12 +78,7 @@ class FixedSearch(Layer):
         scatter = _SCATTER * float(loads.std(axis=1).mean())
         used = 0
         for level in (_LEVEL * (_mean(loads) - 1.0), 0.0):
-            soft = max(
-                scatter,
-                level,
-                _LEAST_SOFT,
-                float(self.load.max(initial=0.0)) / _HIGHEST,
-            )
+            soft = max(scatter, level, _LEAST_SOFT, float(self.load.max(initial=0.0)) / _HIGHEST)
             used += self._run(soft, target, steps - used)
             if scatter >= level:
                 break

@@ -257,11 +257,7 @@ def _place(x: Floats, counts: Ints, ranks: int) -> tuple[Ints, Ints, Floats]:
         full = used[some, to] == slots
         mean[some[full], to[full]] = np.inf
     shape = (rows, tries, -1)
-    return (
-        rank.reshape(shape),
-        expert.reshape(shape),
-        loads.reshape(rows, tries, ranks, samples),
-    )
+    return rank.reshape(shape), expert.reshape(shape), loads.reshape(rows, tries, ranks, samples)
 
 
 def _namesakes(new: Ints, live: NDArray[np.int32], num_experts: int) -> Ints:

@@ -59,11 +59,7 @@ class Knobs:
     sample_steps: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("min_gain", 0.0),
-            ("target_par", 1.0),
-            ("plan_seconds", 0.0),
-        ):
+        for name, least in (("min_gain", 0.0), ("target_par", 1.0), ("plan_seconds", 0.0)):
             value = getattr(self, name)
             if value is None and name == "plan_seconds":
                 continue
@@ -161,12 +157,7 @@ class _Task:
     """
 
     def __init__(
-        self,
-        load: Floats,
-        choice: str,
-        knobs: Knobs,
-        current: Placement,
-        topology: Topology,
+        self, load: Floats, choice: str, knobs: Knobs, current: Placement, topology: Topology
     ) -> None:
         fixed = choice in ("even", "table") or not current.num_redundant_experts
         deadline = math.inf

@@ -99,11 +99,7 @@ class Layer:
         return np.flatnonzero((self.held.sum(axis=1) > 1)[self.slots])
 
     def nets(
-        self,
-        gain: NDArray[np.float32],
-        cost: NDArray[np.int8],
-        fits: Bools,
-        unit: float,
+        self, gain: NDArray[np.float32], cost: NDArray[np.int8], fits: Bools, unit: float
     ) -> NDArray[np.float32]:
         """What changes gain beyond their price, 0 if that is nothing; in place of ``gain``.
 

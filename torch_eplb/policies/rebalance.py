@@ -17,12 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from torch_eplb.policies.deepseek import (
-    groups_on_nodes,
-    node_bound,
-    part_siblings,
-    published,
-)
+from torch_eplb.policies.deepseek import groups_on_nodes, node_bound, part_siblings, published
 from torch_eplb.policies.registry import PolicyError, make_policy
 from torch_eplb.values.arrays import host_array
 from torch_eplb.values.placement import Placement
@@ -216,10 +211,7 @@ class RebalancePolicy:
         phy2log = answer[0] if isinstance(answer, tuple) else answer
         try:
             placed = Placement.from_phy2log(
-                phy2log,
-                placement.num_ranks,
-                placement.num_experts,
-                allow_duplicates=True,
+                phy2log, placement.num_ranks, placement.num_experts, allow_duplicates=True
             )
         except (TypeError, ValueError) as error:
             raise PolicyError(
@@ -233,11 +225,7 @@ class RebalancePolicy:
         return _parted(placed, weight, topology)
 
     def __repr__(self) -> str:
-        options: dict[str, Any] = {
-            "tensors": self.tensors,
-            "current": self.current,
-            **self.fixed,
-        }
+        options: dict[str, Any] = {"tensors": self.tensors, "current": self.current, **self.fixed}
         listed = "".join(f", {name}={value!r}" for name, value in options.items())
         return f"from_rebalance_experts({_name_of(self.function)}{listed})"
 

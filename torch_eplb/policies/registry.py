@@ -25,14 +25,7 @@ from torch_eplb.values.choices import REPLICA_CHOICES
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Plan, Topology
 
-__all__ = [
-    "POLICIES",
-    "Policy",
-    "PolicyError",
-    "check_plan",
-    "check_shares",
-    "make_policy",
-]
+__all__ = ["POLICIES", "Policy", "PolicyError", "check_plan", "check_shares", "make_policy"]
 
 Policy: TypeAlias = Callable[[NDArray[Any], Placement, Topology], Plan]
 
@@ -228,11 +221,7 @@ def _split(raw: Any, placement: Placement) -> NDArray[np.float64]:
             f"share {split[layer, rank, slot]}; shares are finite and not negative"
         )
     total = np.zeros((placement.num_layers, placement.num_experts))
-    np.add.at(
-        total,
-        (np.arange(placement.num_layers)[:, None, None], placement.experts),
-        split,
-    )
+    np.add.at(total, (np.arange(placement.num_layers)[:, None, None], placement.experts), split)
     wrong = np.abs(total - 1.0) > _SHARE_TOLERANCE
     if wrong.any():
         layer, expert = np.argwhere(wrong)[0]

@@ -113,11 +113,7 @@ def rank_loads(load: NDArray[Any], placement: Placement, split: NDArray[Any]) ->
         )
     layers, ranks, _ = shares.shape
     table = np.zeros((layers, placement.num_experts, ranks))
-    where = (
-        np.arange(layers)[:, None, None],
-        placement.experts,
-        np.arange(ranks)[:, None],
-    )
+    where = (np.arange(layers)[:, None, None], placement.experts, np.arange(ranks)[:, None])
     np.add.at(table, where, shares)
     # [layers, samples, experts] @ [layers, experts, ranks]
     return np.matmul(samples.swapaxes(0, 1), table).swapaxes(0, 1)

@@ -34,11 +34,7 @@ _NEAR_BITS = 6  # by tokens is good enough within 2^-6 of what no split can beat
 
 
 def split_batch(
-    counts_E: Tensor,
-    slots_EM: Tensor,
-    num_ranks: int,
-    slots_per_rank: int,
-    weight_tokens: int = 0,
+    counts_E: Tensor, slots_EM: Tensor, num_ranks: int, slots_per_rank: int, weight_tokens: int = 0
 ) -> Tensor:
     """How many of an expert's tokens each of its replicas gets, so that the batch costs least.
 
@@ -74,11 +70,7 @@ def split_batch(
 # Opaque to compiled graphs, so that they split as eager ranks do.
 @torch.library.custom_op("torch_eplb::split_batch", mutates_args=(), device_types="cpu")
 def _split_batch(
-    counts_E: Tensor,
-    slots_EM: Tensor,
-    num_ranks: int,
-    slots_per_rank: int,
-    weight_tokens: int,
+    counts_E: Tensor, slots_EM: Tensor, num_ranks: int, slots_per_rank: int, weight_tokens: int
 ) -> Tensor:
     arrays = counts_E.numpy(), slots_EM.numpy()
     return torch.from_numpy(split_batch_host(*arrays, num_ranks, slots_per_rank, weight_tokens))
@@ -86,21 +78,13 @@ def _split_batch(
 
 @_split_batch.register_fake
 def _(
-    counts_E: Tensor,
-    slots_EM: Tensor,
-    num_ranks: int,
-    slots_per_rank: int,
-    weight_tokens: int,
+    counts_E: Tensor, slots_EM: Tensor, num_ranks: int, slots_per_rank: int, weight_tokens: int
 ) -> Tensor:
     return torch.empty_like(slots_EM)
 
 
 def split_batch_host(
-    counts_E: Ints,
-    slots_EM: Ints,
-    num_ranks: int,
-    slots_per_rank: int,
-    weight_tokens: int,
+    counts_E: Ints, slots_EM: Ints, num_ranks: int, slots_per_rank: int, weight_tokens: int
 ) -> Ints:
     """`split_batch` on the host. Most batches need one split: those whose experts all have few
     tokens, or whose ranks all have many.
@@ -170,11 +154,7 @@ def _level_within(
 
 
 def rank_costs(
-    quotas_EM: Ints,
-    slots_EM: Ints,
-    num_ranks: int,
-    slots_per_rank: int,
-    weight_tokens: int,
+    quotas_EM: Ints, slots_EM: Ints, num_ranks: int, slots_per_rank: int, weight_tokens: int
 ) -> Ints:
     """``[R]``: what each rank costs, in tokens' time.
 
@@ -194,11 +174,7 @@ def active_experts(quotas_EM: Ints, slots_EM: Ints, num_ranks: int, slots_per_ra
 
 
 def _split_on_device(
-    counts_E: Tensor,
-    slots_EM: Tensor,
-    num_ranks: int,
-    slots_per_rank: int,
-    weight_tokens: int,
+    counts_E: Tensor, slots_EM: Tensor, num_ranks: int, slots_per_rank: int, weight_tokens: int
 ) -> Tensor:
     """`split_batch` without a host sync: all three splits, of which the cheapest is selected."""
     sizes = num_ranks, slots_per_rank

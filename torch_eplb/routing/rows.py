@@ -14,13 +14,7 @@ import torch
 from torch import Tensor
 
 from torch_eplb.routing.choose import order_by_id
-from torch_eplb.routing.device import (
-    count_dtype,
-    divide,
-    remainder,
-    running_sum,
-    sort_key,
-)
+from torch_eplb.routing.device import count_dtype, divide, remainder, running_sum, sort_key
 from torch_eplb.routing.host import on_host
 
 __all__ = ["Arrivals", "Departures", "arrivals", "departures", "meet"]

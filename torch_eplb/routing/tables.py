@@ -125,10 +125,7 @@ class RoutingTables:
         if replica_choice in ("table", "even"):
             bin_id = self.num_ranks * self.num_slots
             self.choice_LBP = torch.full(
-                (layers, experts + 1, CHOICE_LENGTH),
-                bin_id,
-                dtype=torch.int64,
-                device=device,
+                (layers, experts + 1, CHOICE_LENGTH), bin_id, dtype=torch.int64, device=device
             )
             self.choice_LEP = self.choice_LBP[:, :experts]
         self.home_LEM: Tensor | None = None
@@ -227,8 +224,7 @@ class RoutingTables:
         # One replica per (layer, expert, rank): their code is unique, and its first slot is kept.
         entry = position * self.num_experts + expert
         codes, first = np.unique(
-            entry * self.num_ranks + self._place_R[physical // self.num_slots],
-            return_index=True,
+            entry * self.num_ranks + self._place_R[physical // self.num_slots], return_index=True
         )
         entries = codes // self.num_ranks
         counts = np.bincount(entries, minlength=len(layers) * self.num_experts)

@@ -54,10 +54,7 @@ def agree_on_weight_tokens(config: Config, layers: list[ExpertLayer], comm: Comm
     if config.cost == "measured":
         try:
             found = _measure(layers[0], comm.device)
-        except (
-            RuntimeError,
-            NotImplementedError,
-        ) as error:  # no product of such tensors
+        except (RuntimeError, NotImplementedError) as error:  # no product of such tensors
             logger.warning("cost='measured': %s; cost='auto' is used", error)
     return min(gather_json(comm, found))
 

@@ -353,10 +353,7 @@ class RebalanceCycle:
         load, rank_load = split_samples(self._buffer, self._num_experts)
         if self._config.dispatch_kind.shares_tokens:
             # Every rank counted the same tokens.
-            load, rank_load = (
-                load // self._comm.num_ranks,
-                rank_load // self._comm.num_ranks,
-            )
+            load, rank_load = load // self._comm.num_ranks, rank_load // self._comm.num_ranks
         recorded = load.sum(axis=(1, 2)) > 0
         if not recorded.any():
             self._plan_words = _NOTHING_RECORDED
@@ -444,9 +441,7 @@ class RebalanceCycle:
             return
         self.abandoned += 1
         logger.warning(
-            "round %d %s; the rebalance is abandoned, serving goes on",
-            migration.round,
-            why,
+            "round %d %s; the rebalance is abandoned, serving goes on", migration.round, why
         )
         migration.abandon()
         self._fault, self._progress = _OK, _ROUNDS + migration.round

@@ -165,10 +165,7 @@ def _config(given: Config | None, kwargs: Mapping[str, Any]) -> Config:
 
 
 def _inspect(
-    model: nn.Module,
-    group: dist.ProcessGroup,
-    given: Config | None,
-    kwargs: Mapping[str, Any],
+    model: nn.Module, group: dist.ProcessGroup, given: Config | None, kwargs: Mapping[str, Any]
 ) -> _Inspected:
     num_ranks = dist.get_world_size(group)
     if not isinstance(model, nn.Module):
@@ -311,10 +308,7 @@ def _initial_placement(
     if config.expert_map is None:
         return Placement.initial(num_layers, experts, num_ranks, num_slots)
     placement = read_expert_map(
-        config.expert_map,
-        num_layers=num_layers,
-        num_experts=experts,
-        num_ranks=num_ranks,
+        config.expert_map, num_layers=num_layers, num_experts=experts, num_ranks=num_ranks
     )
     if placement.num_slots != num_slots:
         raise ValueError(

@@ -123,11 +123,7 @@ class StepRecorder:
     """
 
     def __init__(
-        self,
-        path: str,
-        comm: Communicator,
-        counters: LoadCounters,
-        dispatch: DispatchKind,
+        self, path: str, comm: Communicator, counters: LoadCounters, dispatch: DispatchKind
     ) -> None:
         self._comm = comm
         self._counters = counters

@@ -17,12 +17,7 @@ class RoundBuilder:
     """The round that is being filled: its transfers and what its bounds still allow."""
 
     def __init__(
-        self,
-        waiting: Sequence[int],
-        *,
-        staging_bytes: int,
-        send_bytes: int | None,
-        node_size: int,
+        self, waiting: Sequence[int], *, staging_bytes: int, send_bytes: int | None, node_size: int
     ) -> None:
         """
         Args:
@@ -178,10 +173,7 @@ class LayerMoves:
             for slot in slots:
                 self._free[slot // self._num_slots].append(slot)
         for expert in sorted(moving, key=lambda expert: len(departing[expert])):
-            slot = max(
-                departing[expert],
-                key=lambda slot: len(self._free[slot // self._num_slots]),
-            )
+            slot = max(departing[expert], key=lambda slot: len(self._free[slot // self._num_slots]))
             rank = slot // self._num_slots
             self._free[rank].remove(slot)
             self._last_copies[rank][expert] = slot
@@ -259,13 +251,7 @@ class LayerMoves:
         return None if best is None else best[1:]
 
     def _place(
-        self,
-        builder: RoundBuilder,
-        slot: int,
-        expert: int,
-        source: int,
-        *,
-        direct: bool,
+        self, builder: RoundBuilder, slot: int, expert: int, source: int, *, direct: bool
     ) -> None:
         """Transfer ``expert`` from the slot ``source`` into the free departing ``slot``."""
         rank = slot // self._num_slots

@@ -32,10 +32,7 @@ from torch_eplb.state.full import ExpertTensor, expert_tensors
 from torch_eplb.state.wrapped import Wrapped
 
 if TYPE_CHECKING:
-    from torch.distributed.checkpoint.metadata import (
-        ChunkStorageMetadata,
-        MetadataIndex,
-    )
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
     from torch.distributed.checkpoint.planner import WriteItem
 
 
@@ -199,15 +196,8 @@ class ExpertShards(torch.Tensor):
     # ---- what DCP asks for --------------------------------------------------------------------
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
-        from torch.distributed.checkpoint.metadata import (
-            MetadataIndex,
-            TensorProperties,
-        )
-        from torch.distributed.checkpoint.planner import (
-            TensorWriteData,
-            WriteItem,
-            WriteItemType,
-        )
+        from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+        from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
         self._refuse_if_stale()
         self._saving = True
@@ -249,8 +239,7 @@ class ExpertShards(torch.Tensor):
 
         inner = self.shape[1:]
         return ChunkStorageMetadata(
-            offsets=torch.Size((expert, *(0 for _ in inner))),
-            sizes=torch.Size((length, *inner)),
+            offsets=torch.Size((expert, *(0 for _ in inner))), sizes=torch.Size((length, *inner))
         )
 
     def _refuse_if_stale(self) -> None:

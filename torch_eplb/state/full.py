@@ -252,10 +252,7 @@ def _problems(
     for key, present in local.items():
         if key not in full or not (key in experts or (plain and isinstance(present, torch.Tensor))):
             continue
-        value, wanted = (
-            full[key],
-            experts[key].full_shape if key in experts else present.shape,
-        )
+        value, wanted = full[key], experts[key].full_shape if key in experts else present.shape
         if not isinstance(value, torch.Tensor):
             problems.append(f"{key!r} must be a tensor, got {type(value).__name__}")
         elif value.shape != wanted and not (value.shape == (1,) and present.dim() == 0):

@@ -189,14 +189,7 @@ def _plan(
     )
     for key, slot, expert in wanted:
         problems += _add_items(
-            items,
-            key,
-            slot,
-            expert,
-            sources[key][expert],
-            tensors[key],
-            experts.get(key),
-            shapes,
+            items, key, slot, expert, sources[key][expert], tensors[key], experts.get(key), shapes
         )
     _refuse(balancer, list(dict.fromkeys(problems)))
     return items

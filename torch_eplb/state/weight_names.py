@@ -23,10 +23,7 @@ of the checkpoint's tensors that fill it, or fill this expert's part of it, one 
 dim 0. None leaves the key to the usual names."""
 
 # What an expert's tensor is called in the model, and its pieces in checkpoints, on dim 0 in order.
-_PIECES = {
-    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
-    "down_proj": (("w2",),),
-}
+_PIECES = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("w2",),)}
 _MOE_BLOCKS = ("block_sparse_moe",)
 
 
@@ -38,10 +35,7 @@ def usual_names(key: str, expert: int | None) -> Iterator[Sequence[str]]:
     >>> list(usual_names("layers.0.mlp.gate.weight", None))
     [['layers.0.block_sparse_moe.gate.weight']]
     """
-    keys = [
-        key,
-        *(key.replace(".mlp.", f".{block}.") for block in _MOE_BLOCKS if ".mlp." in key),
-    ]
+    keys = [key, *(key.replace(".mlp.", f".{block}.") for block in _MOE_BLOCKS if ".mlp." in key)]
     if expert is None:
         yield from ([name] for name in keys[1:])
         return

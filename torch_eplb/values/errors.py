@@ -20,11 +20,7 @@ class PeerLostError(EPLBError):
     """
 
     def __init__(
-        self,
-        message: str,
-        *,
-        ranks: tuple[int, ...] = (),
-        round_index: int | None = None,
+        self, message: str, *, ranks: tuple[int, ...] = (), round_index: int | None = None
     ) -> None:
         super().__init__(message)
         self.ranks = ranks

@@ -125,11 +125,7 @@ class Schedule:
         experts = start.experts.copy()
         counts = start.replica_counts()
         shape = np.array(
-            [
-                start.num_layers,
-                start.num_experts,
-                *([start.num_ranks, start.num_slots] * 2),
-            ]
+            [start.num_layers, start.num_experts, *([start.num_ranks, start.num_slots] * 2)]
         )
         for number, rnd in enumerate(self.rounds):
             if not len(rnd):
@@ -162,12 +158,7 @@ class Schedule:
 
     @classmethod
     def from_array(
-        cls,
-        array: NDArray[Any],
-        start: Placement,
-        target: Placement,
-        *,
-        check: bool = True,
+        cls, array: NDArray[Any], start: Placement, target: Placement, *, check: bool = True
     ) -> Schedule:
         """Read what `to_array` wrote, and check it against the placements it claims to connect.
 
@@ -260,13 +251,7 @@ def _check_bounds(
     layer, source, target = (rnd.transfers[:, c] for c in (LAYER, SOURCE_RANK, TARGET_RANK))
     size = sizes[layer]
     received = _sum_by_rank(target, np.where(rnd.direct, 0, size), num_ranks)
-    _bound(
-        number,
-        received,
-        bounds.staging_bytes,
-        "staged receives take",
-        "the staging has",
-    )
+    _bound(number, received, bounds.staging_bytes, "staged receives take", "the staging has")
     distinct, most = len(np.unique(layer)), bounds.layers_per_round
     if most is not None and distinct > most:
         raise ValueError(f"round {number}: touches {distinct} layers, layers_per_round is {most}")
@@ -351,11 +336,7 @@ def _apply(number: int, rnd: Round, experts: NDArray[np.int32], counts: NDArray[
     twice = np.zeros(len(rnd), dtype=np.bool_)
     twice[order[1:]] = target_ids[order[1:]] == target_ids[order[:-1]]
     refuse(twice, TARGET_RANK, "a slot is the target of two transfers")
-    refuse(
-        experts[sources] != expert,
-        SOURCE_RANK,
-        "the source slot does not hold the expert",
-    )
+    refuse(experts[sources] != expert, SOURCE_RANK, "the source slot does not hold the expert")
     drained = np.isin(source_ids, target_ids[rnd.direct])
     refuse(drained, SOURCE_RANK, "the source slot is drained in the same round")
 
