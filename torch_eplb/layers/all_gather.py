@@ -21,14 +21,13 @@ from torch import nn
 from torch.nn.functional import pad
 
 from torch_eplb.layers.all_reduce import AllReduce, AskingAllReduce, CompactAllReduce
-from torch_eplb.layers.collectives import all_gather_counts, gather_tokens, scatter_sums
+from torch_eplb.layers.collectives import all_gather_counts, gather_tokens, register, scatter_sums
 from torch_eplb.layers.computing import shaped
 from torch_eplb.layers.context import LayerContext, Trips
 from torch_eplb.layers.experts import ExpertLayer
 from torch_eplb.layers.graphs import outside_graphs
 from torch_eplb.layers.hooks import Dispatch
 from torch_eplb.routing import PADDING
-from torch_eplb.values.errors import EPLBError
 
 __all__ = ["AllGather", "AskingAllGather", "CompactAllGather"]
 
@@ -53,9 +52,9 @@ class _Gathers(AllReduce):
 
     def __init__(self, layer: ExpertLayer, index: int, context: LayerContext) -> None:
         super().__init__(layer, index, context)
+        self._number = register(context.comm)
         self._calls: Trips[_Call] = Trips(layer.name)
         self._traced: _Call | None = None  # of the call that is a part of a graph
-        self._empty: tuple[torch.Tensor, ...] | None = None
         self._counted: torch.Tensor | None = None
         if context.comm.device.type == "cpu":
             self._many = 0  # nothing is waited for to learn how many choices are local
@@ -74,8 +73,8 @@ class _Gathers(AllReduce):
             integers = self._integers(router_ids, args, kwargs)
         if torch.compiler.is_compiling():
             self._traced = call
-        elif self._empty is None:
-            self._empty = tuple(x[:0].detach() for x in (hidden_TH, router_ids, weights_TK))
+        else:
+            self._remember(hidden_TH, router_ids, weights_TK)
         most = self._most_tokens(call.tokens)
         rows = (0, 0, 0, most - call.tokens)
         hidden_AH, weights_AK, integers = gather_tokens(
@@ -83,10 +82,11 @@ class _Gathers(AllReduce):
             pad(weights_TK, rows),
             pad(integers, rows, value=PADDING),
             self.context.comm,
+            self._number,
         )
         self._counted = integers[:, -1] > 0
         ids_AK = integers[:, :-1].long()
-        args, kwargs = self._replace_inputs(args, kwargs, hidden_AH, ids_AK, weights_AK)
+        args, kwargs = self._with_inputs(args, kwargs, hidden_AH, ids_AK, weights_AK)
         args, kwargs = self._localise(args, kwargs)
         self._counted = None
         if not torch.compiler.is_compiling():
@@ -109,25 +109,13 @@ class _Gathers(AllReduce):
         own_TH = self._finish(args, kwargs, output)[: call.tokens]
         return shaped(own_TH.flatten(1), call.identity, call.shape, output)
 
-    def visit(self) -> None:
-        if self._empty is None:
-            raise EPLBError(
-                f"layer {self.layer.name} has not been called on this rank yet, so the size and "
-                "dtype of what the other ranks send are not known: make one forward on every rank "
-                "first, a warm-up say"
-            )
-        spec = self.layer.spec
-        assert spec.expert_weights is not None
-        names = (spec.hidden_states, spec.expert_ids, spec.expert_weights)
-        self.layer.module(**dict(zip(names, self._empty, strict=True)))
-
     # ---- what all-reduce asks -------------------------------------------------------------------
 
     def _share(self, value: torch.Tensor) -> torch.Tensor:
         return value  # gathering adds up what the ranks' gradients are
 
     def _sum(self, partial: torch.Tensor) -> torch.Tensor:
-        return scatter_sums(partial, self.context.comm)
+        return scatter_sums(partial, self.context.comm, self._number)
 
     def _tokens(
         self, num_tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -183,19 +171,6 @@ class _Gathers(AllReduce):
         sizes, positions = all_gather_counts(here, comm).t().tolist()
         position.compare(comm.heard(positions))
         return max(1, *sizes)
-
-    def _replace_inputs(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        spec = self.layer.spec
-        assert spec.expert_weights is not None
-        values = {spec.hidden_states: hidden, spec.expert_ids: ids, spec.expert_weights: weights}
-        return self.layer.arguments.replace(args, kwargs, values)
 
     def _add_traffic(self, hidden_AH: torch.Tensor, weights_AK: torch.Tensor, most: int) -> None:
         others, top_k = self.context.comm.num_ranks - 1, weights_AK.shape[1]

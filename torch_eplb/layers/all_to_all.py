@@ -11,12 +11,9 @@ from torch.nn.functional import pad
 
 from torch_eplb.layers.collectives import all_gather_counts, exchange_counts
 from torch_eplb.layers.computing import ComputesChoices, shaped, without_padding
-from torch_eplb.layers.context import LayerContext
-from torch_eplb.layers.experts import ExpertLayer
 from torch_eplb.layers.graphs import outside_graphs
 from torch_eplb.layers.journey import Journey
 from torch_eplb.routing import count_hits, departures, divide, meet, plan_dispatch, to_device
-from torch_eplb.values.errors import EPLBError
 
 __all__ = ["AllToAll"]
 
@@ -41,18 +38,13 @@ class _Trip:
 class AllToAll(ComputesChoices[_Trip]):
     """Sends every token once to each rank that holds a slot it goes to; see `Journey`."""
 
-    def __init__(self, layer: ExpertLayer, index: int, context: LayerContext) -> None:
-        super().__init__(layer, index, context)
-        self._empty: tuple[torch.Tensor, ...] | None = None  # a call without tokens
-
     @outside_graphs
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden_TH, router_ids, weights_TK = self._read(args, kwargs)
         self._begin()
-        if self._empty is None:
-            self._empty = tuple(x[:0].detach() for x in (hidden_TH, router_ids, weights_TK))
+        self._remember(hidden_TH, router_ids, weights_TK)
         with torch.no_grad():
             ids_TK = self._logical(router_ids)
             counted_T = self._tokens(len(ids_TK), args, kwargs)
@@ -77,18 +69,6 @@ class AllToAll(ComputesChoices[_Trip]):
         self.context.position.leave(self.index)
         self.context.traffic.add(trip.journey.num_rows, trip.journey.nbytes)
         return shaped(summed, trip.identity, trip.shape, output)
-
-    def visit(self) -> None:
-        if self._empty is None:
-            raise EPLBError(
-                f"layer {self.layer.name} has not been called on this rank yet, so the size and "
-                "dtype of what the other ranks send are not known: make one forward on every rank "
-                "first, a warm-up say"
-            )
-        spec = self.layer.spec
-        assert spec.expert_weights is not None
-        names = (spec.hidden_states, spec.expert_ids, spec.expert_weights)
-        self.layer.module(**dict(zip(names, self._empty, strict=True)))
 
     # ---- who goes where -------------------------------------------------------------------------
 

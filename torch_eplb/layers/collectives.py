@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import weakref
 from typing import Any
 
 import torch
@@ -11,6 +9,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from torch_eplb.comm.communicator import Communicator, all_gather_single
+from torch_eplb.comm.numbered import Numbered
 from torch_eplb.layers.parcel import Parcel
 
 __all__ = [
@@ -32,11 +31,16 @@ def exchange_counts(counts_RS: torch.Tensor, comm: Communicator) -> torch.Tensor
 
 def all_gather_counts(counts_E: torch.Tensor, comm: Communicator) -> torch.Tensor:
     """``[E]`` of every rank as ``[R, E]``."""
+    return _gather_rows(counts_E, comm).view(comm.num_ranks, -1)
+
+
+def _gather_rows(rows: torch.Tensor, comm: Communicator) -> torch.Tensor:
+    """Equally many rows of every rank, one rank's after the other's."""
     comm.check_process()
-    gathered = counts_E.new_empty(comm.num_ranks * counts_E.numel())
-    work = all_gather_single(gathered, counts_E, group=comm.group, async_op=True)
+    gathered = rows.new_empty((comm.num_ranks * len(rows), *rows.shape[1:]))
+    work = all_gather_single(gathered, rows.contiguous(), group=comm.group, async_op=True)
     comm.wait_in_line(work)
-    return gathered.view(comm.num_ranks, -1)
+    return gathered
 
 
 class _ShareInput(torch.autograd.Function):
@@ -87,37 +91,38 @@ def sum_output(partial: torch.Tensor, comm: Communicator) -> torch.Tensor:
 
 
 def gather_tokens(
-    hidden_PH: torch.Tensor, weights_PK: torch.Tensor, integers_PI: torch.Tensor, comm: Communicator
+    hidden_PH: torch.Tensor,
+    weights_PK: torch.Tensor,
+    integers_PI: torch.Tensor,
+    comm: Communicator,
+    number: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Equally many rows of every rank, ``[R * P, ...]`` each, in one message.
 
-    Collective; differentiable in hidden states and weights, whose gradients are summed over ranks.
+    ``number`` is the group's, for graphs. Collective; differentiable in hidden states and weights,
+    whose gradients are summed over ranks.
     """
     if torch.compiler.is_compiling():
-        return _gather_op(hidden_PH, weights_PK, integers_PI, number_of(comm), comm.num_ranks)
+        return _gather_op(hidden_PH, weights_PK, integers_PI, number, comm.num_ranks)
     return _GatherTokens.apply(hidden_PH, weights_PK, integers_PI, comm)
 
 
-def scatter_sums(partial: torch.Tensor, comm: Communicator) -> torch.Tensor:
+def scatter_sums(partial: torch.Tensor, comm: Communicator, number: int) -> torch.Tensor:
     """Every rank's rows of ``[R * P, ...]``, summed over ranks: ``[P, ...]``.
 
-    Collective; differentiable. Sums are made here, in at least float32 and in the order of ranks.
+    ``number`` is the group's. Collective; differentiable. Sums are made here, in at least float32
+    and in the order of ranks.
     """
     if torch.compiler.is_compiling():
-        return _scatter_op(partial, number_of(comm), comm.num_ranks)
+        return _scatter_op(partial, number, comm.num_ranks)
     return _ScatterSums.apply(partial, comm)
 
 
 def _gather(
     hidden: torch.Tensor, weights: torch.Tensor, integers: torch.Tensor, comm: Communicator
 ) -> list[torch.Tensor]:
-    comm.check_process()
     parcel = Parcel.of(hidden, weights, integers=integers.shape[1])
-    buffer = parcel.empty(hidden)
-    for field, values in zip(parcel.open(buffer), (hidden, weights, integers), strict=True):
-        field.copy_(values)
-    gathered = buffer.new_empty((comm.num_ranks * len(buffer), buffer.shape[1]))
-    comm.wait_in_line(all_gather_single(gathered, buffer, group=comm.group, async_op=True))
+    gathered = _gather_rows(parcel.pack(hidden, weights, integers), comm)
     return [field.contiguous() for field in parcel.open(gathered)]
 
 
@@ -136,10 +141,7 @@ def _scatter_gradients(
     hidden: torch.Tensor, weights: torch.Tensor, comm: Communicator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     parcel = Parcel.of(hidden, weights)
-    buffer = parcel.empty(hidden)
-    for field, values in zip(parcel.open(buffer), (hidden, weights), strict=False):
-        field.copy_(values)
-    received = _scatter(buffer, comm)
+    received = _scatter(parcel.pack(hidden, weights), comm)
     fields = parcel.open(received.flatten(0, 1))[:2]
     summed = [_summed(field.unflatten(0, received.shape[:2])) for field in fields]
     return summed[0], summed[1]
@@ -179,41 +181,27 @@ class _ScatterSums(torch.autograd.Function):
         return _gather_rows(grad, ctx.comm), None
 
 
-def _gather_rows(rows: torch.Tensor, comm: Communicator) -> torch.Tensor:
-    comm.check_process()
-    gathered = rows.new_empty((comm.num_ranks * len(rows), *rows.shape[1:]))
-    work = all_gather_single(gathered, rows.contiguous(), group=comm.group, async_op=True)
-    comm.wait_in_line(work)
-    return gathered
-
-
 # The same as operations of compiled graphs, which find the group by a number.
 
-_numbers = itertools.count()
-_comms: weakref.WeakValueDictionary[int, Communicator] = weakref.WeakValueDictionary()
-_number_of: weakref.WeakKeyDictionary[Communicator, int] = weakref.WeakKeyDictionary()
+_comms: Numbered[Communicator] = Numbered()
 
 
-def register(comm: Communicator) -> None:
-    """Give the group a number, before any graph is made."""
-    if comm not in _number_of:
-        number = _number_of[comm] = next(_numbers)
-        _comms[number] = comm
+def register(comm: Communicator) -> int:
+    """A number for `gather_tokens` and `scatter_sums`."""
+    return _comms.add(comm)
 
 
-def number_of(comm: Communicator) -> int:
-    """The number of a registered group."""
-    return _number_of[comm]
-
-
-number_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _of(number: int) -> Communicator:
+    comm = _comms.get(number)
+    assert comm is not None  # a hook that runs holds it
+    return comm
 
 
 @torch.library.custom_op("torch_eplb::gather_tokens", mutates_args=())
 def _gather_op(
     hidden: torch.Tensor, weights: torch.Tensor, integers: torch.Tensor, number: int, ranks: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    first, second, third = _gather(hidden, weights, integers, _comms[number])
+    first, second, third = _gather(hidden, weights, integers, _of(number))
     return first, second, third
 
 
@@ -232,7 +220,7 @@ def _(
 def _scatter_gradients_op(
     hidden: torch.Tensor, weights: torch.Tensor, number: int, ranks: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _scatter_gradients(hidden, weights, _comms[number])
+    return _scatter_gradients(hidden, weights, _of(number))
 
 
 @_scatter_gradients_op.register_fake
@@ -247,7 +235,7 @@ def _(
 
 @torch.library.custom_op("torch_eplb::scatter_sums", mutates_args=())
 def _scatter_op(partial: torch.Tensor, number: int, ranks: int) -> torch.Tensor:
-    return _summed(_scatter(partial, _comms[number]))
+    return _summed(_scatter(partial, _of(number)))
 
 
 @_scatter_op.register_fake
@@ -257,7 +245,7 @@ def _(partial: torch.Tensor, number: int, ranks: int) -> torch.Tensor:
 
 @torch.library.custom_op("torch_eplb::gather_rows", mutates_args=())
 def _gather_rows_op(rows: torch.Tensor, number: int, ranks: int) -> torch.Tensor:
-    return _gather_rows(rows, _comms[number])
+    return _gather_rows(rows, _of(number))
 
 
 @_gather_rows_op.register_fake

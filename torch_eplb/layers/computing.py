@@ -16,6 +16,7 @@ from torch_eplb.layers.experts import ExpertLayer
 from torch_eplb.layers.grouped import can_group, grouped_experts, misfit, why_not
 from torch_eplb.layers.hooks import Dispatch
 from torch_eplb.routing import narrow
+from torch_eplb.values.errors import EPLBError
 
 __all__ = ["ComputesChoices", "shaped", "without_padding"]
 
@@ -32,6 +33,7 @@ class ComputesChoices(Dispatch, Generic[_Trip]):
     def __init__(self, layer: ExpertLayer, index: int, context: LayerContext) -> None:
         super().__init__(layer, index, context)
         self._trips: Trips[_Trip] = Trips(layer.name)
+        self._empty: tuple[torch.Tensor, ...] | None = None  # a call without tokens
         fits = misfit(layer.module, layer.spec.fused, context.comm.device) is None
         is_plain = "forward" not in vars(layer.module)  # or somebody has replaced it
         if fits and is_plain and context.experts != "module":
@@ -50,6 +52,21 @@ class ComputesChoices(Dispatch, Generic[_Trip]):
         super().remove()
         if vars(self.layer.module).get("forward") == self._forward:
             del self.layer.module.forward
+
+    def _remember(self, *inputs: torch.Tensor) -> None:
+        """Of what `_read` has read: how a call without tokens looks, for `visit`."""
+        if self._empty is None:
+            self._empty = tuple(x[:0].detach() for x in inputs)
+
+    def visit(self) -> None:
+        if self._empty is None:
+            raise EPLBError(
+                f"layer {self.layer.name} has not been called on this rank yet, so the size and "
+                "dtype of what the other ranks send are not known: make one forward on every rank "
+                "first, a warm-up say"
+            )
+        args, kwargs = self._with_inputs((), {}, *self._empty)
+        self.layer.module(*args, **kwargs)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         module = self.layer.module

@@ -17,7 +17,6 @@ from __future__ import annotations
 from torch_eplb.layers.all_gather import AllGather, AskingAllGather, CompactAllGather
 from torch_eplb.layers.all_reduce import AllReduce, AskingAllReduce, CompactAllReduce
 from torch_eplb.layers.all_to_all import AllToAll
-from torch_eplb.layers.collectives import register
 from torch_eplb.layers.context import LayerContext
 from torch_eplb.layers.experts import ExpertLayer
 from torch_eplb.layers.external import External
@@ -31,7 +30,6 @@ def make_dispatch(
     layer: ExpertLayer, index: int, context: LayerContext, kind: DispatchKind
 ) -> Dispatch:
     """Install the hooks of one layer."""
-    register(context.comm)
     if kind.communicates:
         layer.compute_locally(context.tables.num_slots)
     return _classes(layer)[kind.name](layer, index, context)

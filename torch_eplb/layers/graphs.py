@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import sys
-import weakref
 from collections.abc import Callable
 from types import CodeType
 from typing import Any, Protocol, TypeVar
 
 import torch
+
+from torch_eplb.comm.numbered import Numbered
 
 __all__ = ["forget_compiled", "note_traced", "outside_graphs", "register"]
 
@@ -58,15 +58,12 @@ class HasLayers(Protocol):
     traced: bool
 
 
-_numbers = itertools.count()
-_traced: weakref.WeakValueDictionary[int, HasLayers] = weakref.WeakValueDictionary()
+_owners: Numbered[HasLayers] = Numbered()
 
 
 def register(owner: HasLayers) -> int:
     """A number for `note_traced`."""
-    number = next(_numbers)
-    _traced[number] = owner
-    return number
+    return _owners.add(owner)
 
 
 def note_traced(number: int) -> None:
@@ -75,7 +72,9 @@ def note_traced(number: int) -> None:
     The compiler runs it and keeps nothing of it. An attribute that is set in a graph is a side
     effect, which graphs inside of graphs (activation checkpointing) may not have.
     """
-    _traced[number].traced = True
+    owner = _owners.get(number)
+    assert owner is not None  # its hooks run
+    owner.traced = True
 
 
 # What `torch.compiler.assume_constant_result` sets, without its import of the compiler.

@@ -134,10 +134,22 @@ class Dispatch(BoundToRanks):
         ids: torch.Tensor,
         weights: torch.Tensor,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        spec = self.layer.spec
-        if spec.needs_two_choices:  # the second is a zero-compute expert: past the local slots
+        if self.layer.spec.needs_two_choices:
+            # The second is a zero-compute expert: past the local slots.
             ids = pad(ids, (0, 1), value=self.context.tables.num_slots)
             weights = pad(weights, (0, 1))
+        return self._with_inputs(args, kwargs, hidden, ids, weights)
+
+    def _with_inputs(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call's arguments with these in place of what `_read` reads."""
+        spec = self.layer.spec
         values = {spec.hidden_states: hidden, spec.expert_ids: ids}
         if spec.expert_weights is not None:
             values[spec.expert_weights] = weights

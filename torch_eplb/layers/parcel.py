@@ -43,6 +43,13 @@ class Parcel:
         width = -(-self._ends()[-1] // 8) * 8
         return like.new_empty((len(like), width), dtype=torch.uint8)
 
+    def pack(self, *values: torch.Tensor) -> torch.Tensor:
+        """Bytes of all rows, with the first fields' values ``[rows, entries]``."""
+        buffer = self.empty(values[0])
+        for field, given in zip(self.open(buffer), values, strict=False):
+            field.copy_(given)
+        return buffer
+
     def open(self, buffer: torch.Tensor) -> list[torch.Tensor]:
         """The fields of all rows, as views ``[rows, entries]``."""
         return [

@@ -11,11 +11,11 @@ being received into. Graphs read them where they are, after the operation, as th
 
 from __future__ import annotations
 
-import itertools
-import weakref
 from typing import Protocol
 
 import torch
+
+from torch_eplb.comm.numbered import Numbered
 
 __all__ = ["HasBoundary", "begin_step", "register"]
 
@@ -35,16 +35,12 @@ class HasBoundary(Protocol):
         """Count one forward, and do what is due before it."""
 
 
-_numbers = itertools.count()
-# Weak: the clock must not keep a dropped model alive.
-_engines: weakref.WeakValueDictionary[int, HasBoundary] = weakref.WeakValueDictionary()
+_engines: Numbered[HasBoundary] = Numbered()
 
 
 def register(engine: HasBoundary) -> int:
     """A number for `begin_step`."""
-    number = next(_numbers)
-    _engines[number] = engine
-    return number
+    return _engines.add(engine)
 
 
 @torch.library.custom_op(
