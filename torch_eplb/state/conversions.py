@@ -50,7 +50,7 @@ def converted_names(
     model: nn.Module,
     names: Iterable[str],
     tensors: Mapping[str, torch.Tensor],
-    num_experts: Mapping[str, tuple[int, ...]],
+    sizes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, Converted]:
     """What fills each of the model's tensors that its conversion mapping finds among ``names``.
 
@@ -58,7 +58,7 @@ def converted_names(
         model: any module; one that is no model of transformers has no mapping.
         names: the checkpoint's tensors.
         tensors: the model's, by key.
-        num_experts: of those that are indexed by expert, the numbers of entries that a checkpoint
+        sizes: of those that are indexed by expert, the numbers of entries that a checkpoint
             may have: the experts, or with unused ones after them.
     """
     mapping = _mapping(model)
@@ -74,18 +74,16 @@ def converted_names(
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    prefix = getattr(model, "base_model_prefix", "")
+    prefix, keys = getattr(model, "base_model_prefix", ""), dict(tensors)
     found: dict[str, dict[str | None, list[str]]] = {}
     # In natural order, because a module list is merged in the order in which it is read.
     for name in sorted(names, key=dot_natural_key):
-        key, pattern = rename_source_key(name, renamings, converters, prefix, dict(tensors))
+        key, pattern = rename_source_key(name, renamings, converters, prefix, keys)
         if key not in tensors and name in tensors:
             key, pattern = name, None
         if key in tensors:
             found.setdefault(key, {}).setdefault(pattern, []).append(name)
-    return {
-        key: _convert(by_pattern, pieces, num_experts.get(key)) for key, pieces in found.items()
-    }
+    return {key: _convert(by_pattern, pieces, sizes.get(key)) for key, pieces in found.items()}
 
 
 def _mapping(model: nn.Module) -> list[Any]:
@@ -146,7 +144,7 @@ def _convert(
             [everything], refused=f"the checkpoint has {everything[0]} and no {absent[0]}"
         )
     if sizes is None:
-        return Converted([everything if len(parts) == 1 else [n for part in parts for n in part]])
+        return Converted([[name for part in parts for name in part]])
     counts = {len(part) for part in parts}
     if len(counts) > 1 or not counts <= set(sizes):
         return Converted(
