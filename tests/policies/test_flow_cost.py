@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -81,3 +83,20 @@ def test_replicas_are_not_placed_where_one_more_active_expert_costs_more_than_th
     assert least_active(start.experts[0], active) == 8
     answer = make_policy("flow", weight_tokens=100)(load, start, Topology(4)).placement
     assert least_active(answer.experts[0], active) == 8
+
+
+def test_searching_by_tokens_as_well_does_not_take_twice_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    deadlines = []
+
+    def recorded(x: np.ndarray, start: np.ndarray, rules: flow.Rules) -> tuple[Any, Any]:
+        deadlines.append(rules.deadline)
+        return improve(x, start, rules)
+
+    improve = flow.improve
+    monkeypatch.setattr(flow, "improve", recorded)
+    load, start = batches(5, 25, 64, 2000), Placement.initial(1, 64, 8, 9)
+    make_policy("flow", weight_tokens=40, plan_seconds=60)(load, start, Topology(8))
+    assert len(deadlines) >= 2
+    assert len(set(deadlines)) == 1

@@ -16,9 +16,10 @@ also pays on the other, beyond chance: the halves share what moves the load, but
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,12 +125,8 @@ def plan(
     if not node_bound(current, topology):
         experts = task.improve(current.experts)[0]
         if task.weight and not task.rules.fixed:
-            by_tokens = _Task(
-                load, replica_choice, replace(knobs, weight_tokens=0), current, topology
-            )
-            experts = task.cheapest(
-                [current.experts, experts, by_tokens.improve(current.experts)[0]]
-            )
+            by_tokens, _ = task.by_tokens().improve(current.experts)
+            experts = task.cheapest([current.experts, experts, by_tokens])
         return Placement(experts, current.num_experts)
     anew = current.align(place(load.mean(axis=0), current, topology)).experts
     kept = groups_on_nodes(current, topology)
@@ -183,6 +180,13 @@ class _Task:
         self.load = load
         self.x = self.judged(load)
 
+    def by_tokens(self) -> _Task:
+        """The same, with weights that cost nothing; time that is over is over for both."""
+        other = copy.copy(self)
+        other.weight = 0
+        other.x = other.judged(self.load)
+        return other
+
     def judged(self, load: Floats, part: float = 1.0) -> Floats:
         """Load, or a ``part`` of its tokens, as it is searched with."""
         if self.weight:
@@ -214,8 +218,7 @@ class _Task:
         load = self.load[looked]
         work = worked(load, self.weight, self.steps)
         mean, x = work.sum(axis=2) / self.num_ranks, units(work, self.num_ranks)
-        chance = -np.expm1(-load / self.steps) if self.steps > 1 else load > 0
-        active = np.random.default_rng(0).random(load.shape) < chance
+        active = np.random.default_rng(0).random(load.shape) < activity(load, self.steps)
         costs = []
         for experts in candidates:
             most = [
@@ -269,8 +272,7 @@ def worked(load: Floats, weight_tokens: float, steps: int) -> Floats:
 
     An active expert is a job that should not be split; as one that can be, it gives the same
     peaks, but for rounding: the least number of jobs on the fullest rank is the greatest mean over
-    a set of ranks of the jobs that only they can do, rounded up. In samples of several steps, an
-    expert is taken to be active in as many of them as independent tokens would make it.
+    a set of ranks of the jobs that only they can do, rounded up.
 
     Args:
         load: ``[samples, layers, experts]``, tokens.
@@ -282,8 +284,19 @@ def worked(load: Floats, weight_tokens: float, steps: int) -> Floats:
     >>> worked(np.array([[[0.0, 2.0, 40.0]]]), 8.0, 2).round(1).tolist()  # 2 in 2 steps: in 1.26
     [[[0.0, 10.1, 40.0]]]
     """
-    active = -np.expm1(-load / steps) * steps if steps > 1 else (load > 0).astype(np.float64)
-    return np.maximum(load, active * weight_tokens)
+    return np.maximum(load, activity(load, steps) * (steps * weight_tokens))
+
+
+def activity(load: Floats, steps: int) -> Floats:
+    """Part of a sample's steps in which an expert has tokens: as if they were independent.
+
+    >>> activity(np.array([0.0, 2.0]), 1).tolist()
+    [0.0, 1.0]
+    """
+    if steps == 1:
+        return (load > 0).astype(np.float64)
+    part: Floats = -np.expm1(-load / steps)
+    return part
 
 
 def widen(x: Floats, spread: float) -> Floats:

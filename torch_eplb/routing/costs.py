@@ -59,21 +59,23 @@ def split_batch(
     """
     if not weight_tokens or slots_EM.shape[1] == 1:
         return solve_quotas(counts_E, slots_EM, num_ranks, slots_per_rank)
-    if on_host(counts_E):
-        arrays = counts_E.numpy(), slots_EM.numpy()
-        return torch.from_numpy(split_batch_host(*arrays, num_ranks, slots_per_rank, weight_tokens))
+    split = _split_on_device
     if counts_E.device.type == "cpu":
-        return _split_batch(counts_E, slots_EM, num_ranks, slots_per_rank, weight_tokens)
-    return _split_on_device(counts_E, slots_EM, num_ranks, slots_per_rank, weight_tokens)
+        split = _split_on_host if on_host(counts_E) else _split_batch
+    return split(counts_E, slots_EM, num_ranks, slots_per_rank, weight_tokens)
 
 
-# Opaque to compiled graphs, so that they split as eager ranks do.
-@torch.library.custom_op("torch_eplb::split_batch", mutates_args=(), device_types="cpu")
-def _split_batch(
+def _split_on_host(
     counts_E: Tensor, slots_EM: Tensor, num_ranks: int, slots_per_rank: int, weight_tokens: int
 ) -> Tensor:
     arrays = counts_E.numpy(), slots_EM.numpy()
     return torch.from_numpy(split_batch_host(*arrays, num_ranks, slots_per_rank, weight_tokens))
+
+
+# Opaque to compiled graphs, so that they split as eager ranks do.
+_split_batch = torch.library.custom_op(
+    "torch_eplb::split_batch", _split_on_host, mutates_args=(), device_types="cpu"
+)
 
 
 @_split_batch.register_fake
