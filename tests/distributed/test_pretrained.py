@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from support.models import ToyModel, skewed_batch
+from support.models import SMALL, ToyModel, skewed_batch
 from support.moving import CLOSE, Ordinary, assert_every_slot, in_flight, serve_until, wrap
 from support.ranks import preload, run_ranks
 from torch import nn
@@ -27,18 +27,6 @@ preload("transformers.models.qwen3_moe.modeling_qwen3_moe")
 
 # ---- transformers' models -----------------------------------------------------------------------
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "num_experts_per_tok": 2,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
 MODELS: dict[str, dict[str, Any]] = {
     # Every expert by itself, under the module's own path; tied embeddings.
     "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 16, "tie_word_embeddings": True},
@@ -52,7 +40,7 @@ MODELS: dict[str, dict[str, Any]] = {
 def on_meta(name: str) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(name, **{**SIZES, **MODELS[name]})
+    config = AutoConfig.for_model(name, **{**SMALL, **MODELS[name]})
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 

@@ -7,23 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.models import SMALL
 from support.ranks import preload, run_ranks
 
 import torch_eplb
 
 preload("transformers.models.qwen3_moe.modeling_qwen3_moe")
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24},
@@ -55,7 +45,7 @@ MODELS: dict[str, dict[str, Any]] = {
 def make_model(name: str, implementation: str) -> torch.nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(name, **{**SIZES, **MODELS[name]})
+    config = AutoConfig.for_model(name, **{**SMALL, **MODELS[name]})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     model.set_experts_implementation(implementation)

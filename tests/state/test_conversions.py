@@ -7,32 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from support.models import SMALL
 from torch import nn
 
 import torch_eplb
 from torch_eplb.state.conversions import Converted, converted_names
 from torch_eplb.testing import fake_process_group
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "num_experts_per_tok": 2,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
-EXPERTS = {"num_local_experts": 12}
+EXPERTS = {"num_local_experts": 12, "intermediate_size": 16}
 
 
 def model_of(name: str, seed: int, **sizes: Any) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**SIZES, **sizes}))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**SMALL, **sizes}))
     torch.manual_seed(seed)
     for parameter in model.parameters():
         parameter.data.normal_()  # all different, norms and biases too
@@ -45,7 +33,15 @@ def model_of(name: str, seed: int, **sizes: Any) -> nn.Module:
     [
         ("mixtral", EXPERTS),
         ("granitemoe", EXPERTS),
-        ("jamba", {"num_experts": 12, "num_hidden_layers": 4, "attn_layer_offset": 1}),
+        (
+            "jamba",
+            {
+                "num_experts": 12,
+                "intermediate_size": 16,
+                "num_hidden_layers": 4,
+                "attn_layer_offset": 1,
+            },
+        ),
     ],
 )
 def test_every_tensor_of_a_saved_model_arrives(

@@ -17,6 +17,21 @@ QUICK: dict[str, Any] = {
 """Arguments of `torch_eplb.wrap` with which experts move early, often and far."""
 
 
+SMALL: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "num_experts_per_tok": 2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+"""Sizes of a configuration of transformers, but for its experts."""
+
+
 class Experts(nn.Module):
     """Gated experts, computed one by one; several tensors per expert."""
 
