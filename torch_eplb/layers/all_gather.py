@@ -29,7 +29,7 @@ from torch_eplb.layers.graphs import outside_graphs
 from torch_eplb.layers.hooks import Dispatch
 from torch_eplb.routing import PADDING
 
-__all__ = ["AllGather", "AskingAllGather", "CompactAllGather"]
+__all__ = ["AgreeingAllGather", "AllGather", "AskingAllGather", "CompactAllGather"]
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class _Gathers(AllReduce):
         """
         most = self.context.max_tokens_per_rank
         if most is None:
-            return self._ask_without_max_tokens_per_rank(tokens)
+            return self._ask(tokens)
         if tokens > most:
             raise ValueError(
                 f"layer {self.layer.name} was called with {tokens} tokens, and "
@@ -163,9 +163,7 @@ class _Gathers(AllReduce):
             )
         return most
 
-    @outside_graphs
-    def _ask_without_max_tokens_per_rank(self, tokens: int) -> int:
-        """The name is what the compiler says of a whole graph that this would break."""
+    def _ask(self, tokens: int) -> int:
         position, comm = self.context.position, self.context.comm
         here = torch.tensor([tokens, position.enter(self.index)], device=comm.device)
         sizes, positions = all_gather_counts(here, comm).t().tolist()
@@ -180,7 +178,14 @@ class _Gathers(AllReduce):
 
 
 class AllGather(_Gathers):
-    """For modules that skip foreign choices."""
+    """For modules that skip foreign choices, with ``max_tokens_per_rank``: no graph breaks."""
+
+
+class AgreeingAllGather(_Gathers):
+    """The same where sizes are agreed on in every call; graphs break here."""
+
+    before = outside_graphs(_Gathers.before)
+    after = outside_graphs(_Gathers.after)
 
 
 class CompactAllGather(_Gathers, CompactAllReduce):

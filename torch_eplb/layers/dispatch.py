@@ -14,7 +14,12 @@ One class per way, all with the same two hooks. A worked example of `AllToAll` w
 
 from __future__ import annotations
 
-from torch_eplb.layers.all_gather import AllGather, AskingAllGather, CompactAllGather
+from torch_eplb.layers.all_gather import (
+    AgreeingAllGather,
+    AllGather,
+    AskingAllGather,
+    CompactAllGather,
+)
 from torch_eplb.layers.all_reduce import AllReduce, AskingAllReduce, CompactAllReduce
 from torch_eplb.layers.all_to_all import AllToAll
 from torch_eplb.layers.context import LayerContext
@@ -32,12 +37,13 @@ def make_dispatch(
     """Install the hooks of one layer."""
     if kind.communicates:
         layer.compute_locally(context.tables.num_slots)
-    return _classes(layer)[kind.name](layer, index, context)
+    return _classes(layer, context)[kind.name](layer, index, context)
 
 
-def _classes(layer: ExpertLayer) -> dict[DispatchName, type[Dispatch]]:
+def _classes(layer: ExpertLayer, context: LayerContext) -> dict[DispatchName, type[Dispatch]]:
     reducing = {True: AllReduce, False: CompactAllReduce, None: AskingAllReduce}
-    gathering = {True: AllGather, False: CompactAllGather, None: AskingAllGather}
+    sized = AgreeingAllGather if context.max_tokens_per_rank is None else AllGather
+    gathering = {True: sized, False: CompactAllGather, None: AskingAllGather}
     return {
         "all_to_all": AllToAll,
         "all_reduce": reducing[layer.spec.skips_sentinel],
