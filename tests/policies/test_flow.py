@@ -14,6 +14,7 @@ from torch_eplb.policies import flow
 from torch_eplb.policies.batches import solve_batches
 from torch_eplb.policies.cuts import binding_sets
 from torch_eplb.policies.deepseek import groups_on_nodes
+from torch_eplb.policies.flashlb import place_by_risk
 from torch_eplb.policies.registry import make_policy
 from torch_eplb.policies.split import even_split, judged_par
 from torch_eplb.values.choices import REPLICA_CHOICES
@@ -183,7 +184,7 @@ def test_a_hot_rank_that_cannot_hand_tokens_on_shares_with_a_cool_one() -> None:
     current = Placement(np.array([[[0, 1, 2], [0, 3, 4], [5, 6, 7], [5, 8, 9]]]), 10)
     load = np.array([[[60.0, 50, 40, 50, 40, 20, 20, 20, 20, 20]]]).repeat(3, axis=0)
     load[1, 0, 1], load[2, 0, 3] = 60.0, 60.0
-    after = _plan(load, current, Topology(4), "batch", max_moves=4)
+    after = _plan(load, current, Topology(4), "batch", max_moves=2)
     held = after.held()[0]
     shared = held.sum(axis=1) > 1
     assert (held[shared][:, :2].any(axis=1) & held[shared][:, 2:].any(axis=1)).any()
@@ -311,3 +312,33 @@ def test_dispersion_is_one_for_independent_tokens() -> None:
     assert (flow.dispersion(tokens * 5) > 4.5).all()
     assert np.allclose(flow.dispersion(tokens[:1].repeat(5, axis=0)), 0.0)
     assert (flow.dispersion(np.zeros((3, 2, 4))) == 0).all()
+
+
+@pytest.mark.parametrize("choice", ["even", "table", "batch"])
+def test_one_hot_expert_is_replicated_until_it_is_no_longer_hot(choice: str) -> None:
+    # One more replica lowers no peak while the others are on hot ranks: no single change helps.
+    current, topology = Placement.initial(1, 64, 8, 10), Topology(8)
+    load = np.zeros((20, 1, 64))
+    load[:, :, :3] = 100.0
+    after = _plan(load, current, topology, choice)
+    rival = make_policy("deepseek", replica_choice=choice)(load, current, topology)
+    par = judged_par(load, after, even_split(after), "even").mean()
+    if choice == "even":
+        assert par <= rival.predicted_par.mean() + 1e-9
+    assert _judged(load, after, topology, "batch").mean() < 1.001
+    assert current.newly_held(after).sum() < current.newly_held(rival.placement).sum() / 2
+
+
+def test_a_new_placement_that_is_loyal_moves_less() -> None:
+    load = _load(3, 2, 64, samples=12)
+    x = flow.units(load, 8)
+    current = Placement.initial(2, 64, 8, 10)
+    moved, par = [], []
+    for loyalty in (0.0, 0.05, 0.5):
+        placed = place_by_risk(x, current.experts, current.experts, 1, 1, loyalty)
+        after = Placement(placed, 64)
+        moved.append(int(current.newly_held(after).sum()))
+        par.append(float(judged_par(load, after, even_split(after), "even").mean()))
+    assert moved == sorted(moved, reverse=True)
+    assert moved[2] < 0.7 * moved[0]
+    assert par[0] < par[2] < judged_par(load, current, even_split(current), "even").mean() - 0.1

@@ -176,7 +176,7 @@ class CutSearch(Layer):
         while len(live):
             after = self._peak(self.pressure[rows] + delta[live])
             net = value - after - self.price * cost[live]
-            net[(value - after <= LEAST) | (moved + cost[live] > self.most)] = 0.0
+            net[moved + cost[live] > self.most] = 0.0
             if net.max() <= LEAST:
                 break
             index = int(net.argmax())

@@ -105,6 +105,7 @@ def place_by_risk(
     live: NDArray[np.int32],
     nodes: int = 1,
     depth: int = DEPTH,
+    loyalty: float = 0.0,
 ) -> NDArray[np.int32]:
     """New placements ``[layers, ranks, slots]``.
 
@@ -114,6 +115,8 @@ def place_by_risk(
         live: ``[layers, ranks, slots]``, what the new ranks shall resemble.
         nodes: planned each by itself.
         depth: groups of experts in the search for replica counts; 1 is the greedy allotment.
+        loyalty: a replica goes to a rank that holds its expert live, unless that has by this much
+            more risk than another one; in units of ``load``. FlashLB has none.
     """
     layers, ranks, slots = where.shape
     own = np.sort(where.reshape(layers * nodes, -1), axis=1)
@@ -126,15 +129,22 @@ def place_by_risk(
     logical = np.take_along_axis(logical, order, axis=1)
     on_node = ranks // nodes
     counts = _replica_counts(x, np.take_along_axis(weight, order, axis=1), on_node, slots, depth)
-    rank, expert = (part[:, 0] for part in _place(x, counts[:, None], on_node)[:2])
     found = np.empty((len(x), on_node, slots), dtype=np.int32)
     live = live.reshape(found.shape)
+    lure = None
+    if loyalty:
+        held = np.zeros((len(x), int(where.max()) + 1, on_node), dtype=bool)
+        held[np.arange(len(x))[:, None, None], live, np.arange(on_node)[:, None]] = True
+        lure = loyalty * np.take_along_axis(held, logical[:, :, None], axis=1)
+    rank, expert = (part[:, 0] for part in _place(x, counts[:, None], on_node, lure)[:2])
     for index, mean in enumerate(x.mean(axis=2)):
         each = (mean / counts[index])[expert[index]]
         part_siblings(rank[index], np.zeros_like(rank[index]), expert[index], each, on_node)
         by_rank = expert[index, np.argsort(rank[index], kind="stable")]
         new = logical[index, by_rank].reshape(on_node, slots)
-        found[index] = new[_namesakes(new, live[index], int(where.max()) + 1)]
+        if not loyalty:
+            new = new[_namesakes(new, live[index], int(where.max()) + 1)]
+        found[index] = new
     return found.reshape(where.shape)
 
 
@@ -204,12 +214,16 @@ def _rate(x: Floats, counts: Ints, ranks: int) -> Floats:
     return par
 
 
-def _place(x: Floats, counts: Ints, ranks: int) -> tuple[Ints, Ints, Floats]:
+def _place(
+    x: Floats, counts: Ints, ranks: int, lure: Floats | None = None
+) -> tuple[Ints, Ints, Floats]:
     """Put replicas, heaviest first, on the rank with the least risk after it.
 
     Args:
         x: ``[rows, experts, samples]``.
         counts: ``[rows, candidates, experts]``, replicas; the same sum everywhere.
+        ranks: to place on.
+        lure: ``[rows, experts, ranks]``, what is taken off a rank's risk for an expert.
 
     Returns:
         rank and expert of every replica ``[rows, candidates, replicas]``; the ranks' load
@@ -242,6 +256,8 @@ def _place(x: Floats, counts: Ints, ranks: int) -> tuple[Ints, Ints, Floats]:
         spread = square + (part * part).sum(axis=1)[:, None]
         spread += 2 * np.matmul(apart, part[:, :, None])[:, :, 0]
         risk = mean + Z_SCORE * np.sqrt(np.maximum(spread, 0.0) / samples)
+        if lure is not None:
+            risk -= lure[row, now]
         risk[holds] = np.inf
         to = risk.argmin(axis=1)
         stuck = np.isinf(risk[some, to])

@@ -19,14 +19,14 @@ from __future__ import annotations
 import copy
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from torch_eplb.policies.active import least_active
 from torch_eplb.policies.deepseek import groups_on_nodes, node_bound, place
-from torch_eplb.policies.improve import Rules, improve, par
+from torch_eplb.policies.improve import Rules, improve, is_far, par
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Topology
 
@@ -203,9 +203,16 @@ class _Task:
         todo = value > self.rules.target
         if layers is not None:
             todo &= layers
-        todo[todo] = self._lasts(start[todo], self.load[:, todo])
-        if todo.any():
-            experts[todo], value[todo] = improve(self.x[:, todo], start[todo], self.rules)
+        careful = replace(self.rules, anew=False)
+        for rules in (self.rules, careful):
+            lasts = todo.copy()
+            lasts[todo] = self._lasts(start[todo], self.load[:, todo], rules)
+            if lasts.any():
+                experts[lasts], value[lasts] = improve(self.x[:, lasts], start[lasts], rules)
+            # Placed anew a layer fits its samples best, and noise, too: then with few moves.
+            todo &= ~lasts & is_far(value, self.rules)
+            if not todo.any():
+                break
         return experts, value
 
     def cheapest(self, candidates: list[Placed]) -> Placed:
@@ -234,7 +241,7 @@ class _Task:
         chosen: Placed = np.stack(candidates)[best, np.arange(len(best))]
         return chosen
 
-    def _lasts(self, start: Placed, load: Floats) -> Bools:
+    def _lasts(self, start: Placed, load: Floats, rules: Rules) -> Bools:
         """``[layers]``: whether what half of the tokens ask for pays for the other half, too.
 
         A placement fits the samples that it was made for so well that it always seems to pay, even
@@ -250,13 +257,12 @@ class _Task:
             return lasts
         start, load = start[doubtful], load[:, doubtful]
         half = np.random.default_rng(0).binomial(load.astype(np.int64), 0.5).astype(np.float64)
-        found, _ = improve(self.judged(half, 0.5), start, self.rules)
+        found, _ = improve(self.judged(half, 0.5), start, rules)
         unseen = self.judged(load - half, 0.5)
-        fixed = self.rules.fixed
-        gain = par(unseen, start, fixed) - par(unseen, found, fixed)
+        gain = par(unseen, start, rules.fixed) - par(unseen, found, rules.fixed)
         error = gain.std(axis=0, ddof=1) / math.sqrt(len(gain)) + _LITTLE
         least = _DOUBT * alike[doubtful] * error
-        least += self.rules.price * _moved(start, found, load.shape[2])
+        least += rules.price * _moved(start, found, load.shape[2])
         lasts[doubtful] = gain.mean(axis=0) > least
         return lasts
 

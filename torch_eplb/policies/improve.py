@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -23,7 +24,7 @@ from torch_eplb.policies.layer import Layer
 from torch_eplb.policies.split import even_split, rank_loads
 from torch_eplb.values.placement import Placement
 
-__all__ = ["Rules", "improve", "par"]
+__all__ = ["Rules", "improve", "is_far", "par"]
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -40,12 +41,22 @@ _STEPS_PER_ROUND = 8
 _PATIENCE = 8
 """Rounds without gain after which a layer is left."""
 
-_BUDGET = 48
-_LEAST_BUDGET = 480
+_BUDGET = 12
+_LEAST_BUDGET = 160
 """Search steps by cuts, per layer and at least."""
 
 _FAR = 1.2
-"""Mean PAR above which a layer does not start from where it is: see `_starts`."""
+"""Mean PAR above which a layer may start from elsewhere: see `_anew`."""
+
+_LOYALTY = 2.5
+"""How much more risk a rank may have than another before an expert leaves it, in units of the mean
+load of a slot: the less, the more balance, and the more moves."""
+
+_CLEAR = 0.1
+"""A start that is better by this much is not compared with the other any further."""
+
+_TRIAL = 8
+"""Search steps that each of two starts gets before the better one goes on."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,7 @@ class Rules:
         target: mean PAR at which a layer is good enough.
         most: most slots changed per layer.
         nodes: experts stay on their node, of this many.
+        anew: layers that are far from balance may be placed anew.
         deadline: of `time.monotonic`.
     """
 
@@ -66,10 +78,17 @@ class Rules:
     target: float = 1.0
     most: float = math.inf
     nodes: int = 1
+    anew: bool = True
     deadline: float = math.inf
 
     def over(self) -> bool:
         return time.monotonic() > self.deadline
+
+
+def is_far(values: Floats, rules: Rules) -> Bools:
+    """Which layers may be placed anew, by their mean PAR."""
+    far: Bools = rules.anew & (values > max(_FAR, rules.target))
+    return far
 
 
 def improve(x: Floats, start: Placed, rules: Rules) -> tuple[Placed, Floats]:
@@ -99,13 +118,55 @@ def par(x: Floats, experts: Placed, fixed: bool) -> Floats:
 def _by_shares(x: Floats, start: Placed, rules: Rules) -> tuple[Placed, Floats]:
     experts = np.array(start)
     values = par(x, experts, True).mean(axis=0)
+    rival: dict[int, Placed] = {}
+    for layer, placed, value in _anew(x, start, rules, values):
+        if value < values[layer] - _CLEAR:
+            experts[layer], values[layer] = placed, value
+        else:
+            rival[layer] = placed
     for layer in np.argsort(-values, kind="stable").tolist():  # worst first
         if rules.over():
             break
         search = _layer(FixedSearch, x[:, layer], start[layer], rules)
+        search.reset(experts[layer])
+        if layer in rival:
+            _better_start(search, rival[layer], rules)
         search.run(rules.target, _STEPS)
         experts[layer], values[layer] = search.experts, search.par()
     return experts, values
+
+
+def _better_start(search: FixedSearch, rival: Placed, rules: Rules) -> None:
+    """Search a little from where it is and from the rival, and go on with what gets further."""
+    best, least = rival, math.inf
+    for placed in (search.experts, rival):
+        search.reset(placed)
+        search.run(rules.target, _TRIAL)
+        net = search.par() + rules.price * search.moved
+        if net < least:
+            best, least = search.experts, net
+    search.reset(best)
+
+
+def _anew(
+    x: Floats, start: Placed, rules: Rules, values: Floats
+) -> Iterator[tuple[int, Placed, float]]:
+    """Placements anew that stay near ``start``, of layers far from balance, and their mean PAR.
+
+    A local search stays near where it starts, and takes its time over each move. Building a
+    placement takes next to nothing.
+    """
+    far = np.flatnonzero(is_far(values, rules))
+    if not len(far) or rules.over() or start.shape[2] * rules.nodes >= x.shape[2]:
+        return  # the last: every rank holds every expert (of its node)
+    found = flashlb.place_by_risk(
+        x[:, far], start[far], start[far], rules.nodes, 1, _LOYALTY / start.shape[2]
+    )
+    moved = Placement(start[far], x.shape[2]).newly_held(Placement(found, x.shape[2]))
+    allowed = moved <= rules.most
+    after = par(x[:, far], found, True).mean(axis=0)
+    for index in np.flatnonzero(allowed & (after + rules.price * moved < values[far])).tolist():
+        yield int(far[index]), found[index], float(after[index])
 
 
 @dataclass
@@ -177,27 +238,19 @@ def _by_cuts(x: Floats, start: Placed, rules: Rules) -> tuple[Placed, Floats]:
 
 
 def _start(x: Floats, start: Placed, searches: list[CutSearch], rules: Rules) -> None:
-    """Let layers far from balance start from elsewhere, if that pays.
-
-    A local search stays near where it starts, and takes its time over each move. Tried are what
-    even shares ask for, and a placement anew by risk ("flashlb" without its search).
-    """
+    """Let layers far from balance start from what even shares ask for, if that pays."""
     net = par(x, start, rules.fixed).mean(axis=0)
-    far = np.flatnonzero(net > max(_FAR, rules.target))
+    far = np.flatnonzero(is_far(net, rules))
     if not len(far) or rules.over():
         return
-    there, best = x[:, far], np.array(start[far])
-    anew = flashlb.place_by_risk(there, best, best, rules.nodes, depth=1)
-    for other in (anew, _by_shares(there, best, rules)[0]):
-        value = par(there, other, rules.fixed).mean(axis=0)
-        for index, layer in enumerate(far.tolist()):
-            searches[layer].reset(other[index])
-            moved = searches[layer].moved
-            priced = float(value[index]) + rules.price * moved
-            if priced < net[layer] and moved <= rules.most:
-                net[layer], best[index] = priced, other[index]
-    for layer, placed in zip(far.tolist(), best, strict=True):
-        searches[layer].reset(placed)
+    there = x[:, far]
+    other = _by_shares(there, start[far], rules)[0]
+    value = par(there, other, rules.fixed).mean(axis=0)
+    for index, layer in enumerate(far.tolist()):
+        search = searches[layer]
+        search.reset(other[index])
+        if value[index] + rules.price * search.moved >= net[layer] or search.moved > rules.most:
+            search.reset(start[layer])
 
 
 def _layer(kind: type[_Kind], x: Floats, start: Placed, rules: Rules) -> _Kind:

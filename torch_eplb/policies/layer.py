@@ -108,9 +108,9 @@ class Layer:
             cost, fits: see `swaps`.
         """
         # A change that only undoes an earlier one has a negative price, but must not make it worse.
-        fits &= gain > LEAST / unit
         gain *= np.float32(unit)
         gain -= cost * np.float32(self.price)
+        fits &= gain > LEAST
         gain *= fits
         return gain
 
