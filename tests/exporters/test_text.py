@@ -23,7 +23,7 @@ last steps                 1.500  2.000 (layer 2)
 last window                1.250  1.500 (layer 0)
 expected by the last plan  1.010  1.020 (layer 1)
 
-rebalances           3, the last 75 s ago
+rebalances           3, the last 75 s ago; planned early: 1
 experts moved        21 in 7 rounds
 active experts       3.5 on the rank with most, mean over layers' calls
 this rank's traffic  3.00 MiB sent, 2.00 MiB received

@@ -171,10 +171,23 @@ FAULTS = (
     _fault(
         "plans-applied-at-once",
         "runtime/cycle.py",
-        "        if self._position.step < self._window_end + self._config.plan_interval:\n"
-        "            return\n",
+        "        if self._position.step < due and not self._early:\n            return\n",
         "",
         "runtime/test_cycle.py",
+    ),
+    _fault(
+        "load-of-before-the-drift-planned-for",
+        "routing/load.py",
+        "        self._first = steps_since_start\n",
+        "",
+        "routing/test_load.py",
+    ),
+    _fault(
+        "promise-that-was-not-kept-asked-for-again",
+        "runtime/drift.py",
+        "        if self._first_look:\n",
+        "        if False:\n",
+        "runtime/test_drift.py",
     ),
     _fault(
         "shared-tokens-counted-by-every-rank",

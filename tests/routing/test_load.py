@@ -39,3 +39,25 @@ def test_samples_are_of_the_last_steps(interval: int, window: int, steps: list[i
 def _parts(counted: list[torch.Tensor], steps: list[int]) -> list[list[torch.Tensor]]:
     ends = torch.tensor(steps).cumsum(0).tolist()
     return [counted[end - length : end] for end, length in zip(ends, steps, strict=True)]
+
+
+def test_a_collection_cut_short_is_sampled_from_then_on() -> None:
+    counters = LoadCounters(2, 3, 2, torch.device("cpu"))
+    sampled = SampleWindow(counters, 600, 50)
+    for cut in (26, 91):
+        sampled.start()
+        counted = []
+        for step in range(1, cut + 16 + 1):
+            counted.append(torch.randint(100, counters.values.shape))
+            counters.values += counted[-1]
+            sampled.step(step)
+            if step == cut:
+                assert sampled.shorten(step) == cut + 16
+        sampled.finish(cut + 16)
+        expected = [
+            sum(part, torch.zeros(2, 5).long()) for part in _parts(counted, [cut, *[2] * 8])
+        ]
+        assert torch.equal(sampled.samples(), torch.stack(expected))
+    sampled.start()
+    assert sampled.shorten(550) is None  # the window has begun
+    assert SampleWindow(counters, 40, 50).shorten(20) is None  # all of it is the window

@@ -18,6 +18,7 @@ STATS = Stats(
     step=1234,
     stage="collecting load",
     rebalances=3,
+    early_plans=1,
     seconds_since_rebalance=75.0,
     placement_version=7,
     experts_moved=21,

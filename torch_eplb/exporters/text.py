@@ -85,7 +85,8 @@ def _totals(stats: Stats) -> list[str]:
     age = stats.seconds_since_rebalance
     last = "" if age is None else f", the last {age:,.0f} s ago"
     rows = [
-        ("rebalances", f"{stats.rebalances:,}{last}"),
+        ("rebalances", f"{stats.rebalances:,}{last}; planned early: "
+         f"{stats.early_plans:,}"),
         ("experts moved", f"{stats.experts_moved:,} in {stats.placement_version:,} rounds"),
         ("this rank's traffic", f"{human_bytes(stats.bytes_sent)} sent, "
          f"{human_bytes(stats.bytes_received)} received"),

@@ -271,7 +271,8 @@ def _totals(rich: _Rich, view: View) -> Any:
     age = view.one("rebalance_age_seconds")
     last = "" if age is None else f", the last {age:,.0f} s ago"
     rows = (
-        ("rebalances", f"{number('rebalances_total'):,.0f}{last}"),
+        ("rebalances", f"{number('rebalances_total'):,.0f}{last}; planned early: "
+         f"{number('early_plans_total'):.0f}"),
         ("experts moved", f"{number('experts_moved_total'):,.0f} in "
          f"{number('placement_version'):,.0f} rounds"),
         ("traffic of this rank", f"{human_bytes(number('sent_bytes_total'))} sent, "

@@ -95,6 +95,9 @@ class SampleWindow:
         sub-windows  |        |        |        |        |        |        |        |   of length
         samples      |           earlier               | | | | | | | | | | | | | | | |   of fine
 
+    A collection may be cut short while its window has not begun (`shorten`); what is sampled from
+    then on is its window.
+
     Args:
         counters: what is sampled.
         interval: steps of a collection.
@@ -108,7 +111,8 @@ class SampleWindow:
     def __init__(self, counters: LoadCounters, interval: int, window: int) -> None:
         self._counters = counters
         self.length = -(-interval // MAX_SAMPLES)
-        self._first = max(interval - window, 0)  # the first step of the window
+        self._interval, self._window = interval, window
+        self._first = 0  # the first step of the window
         self._fine = sample_steps(interval, window)
         self.samples_per_length = -(-self.length // self._fine)
         self._on_device = counters.values.device.type != "cpu"
@@ -118,6 +122,7 @@ class SampleWindow:
 
     def start(self) -> None:
         """Forget what was sampled; the next sub-window starts now."""
+        self._first = max(self._interval - self._window, 0)
         self._copies, self._samples = [], []
         self.step(0)
 
@@ -125,6 +130,20 @@ class SampleWindow:
         """Called at every step boundary; takes a copy when a sub-window or a sample ends."""
         since = steps_since_start - self._first
         self._take(steps_since_start % self.length == 0, since >= 0 and since % self._fine == 0)
+
+    def shorten(self, steps_since_start: int) -> int | None:
+        """Let the window begin at this step, after `step`; it takes a third of its steps, all of
+        them of load that is new.
+
+        Returns:
+            the step at which the collection then ends; None where it ends soon anyway.
+        """
+        steps = max(self._window // 3, self._fine)
+        if steps_since_start + steps >= self._interval or steps_since_start >= self._first:
+            return None
+        self._first = steps_since_start
+        self._take(False, True)
+        return steps_since_start + steps
 
     def finish(self, steps_since_start: int) -> None:
         """The collection ends here, in the middle of a sub-window perhaps."""

@@ -91,14 +91,19 @@ class Config:
     "flow"). None: no bound but the search's own."""
 
     collect_interval: int = 600
-    """Steps over which load is collected before a plan is made."""
+    """Steps over which load is collected before a plan is made, at most."""
 
     window: int = 50
     """Steps at the end of the collection that a plan is made from: load drifts, and what it was
     long ago misleads. If none of them was recorded, all that was collected counts."""
 
     plan_interval: int = 50
-    """Steps after collection before which a plan is not applied."""
+    """Steps after collection before which a plan is not applied, unless the load has drifted."""
+
+    replan_above: float | None = 1.05
+    """Plan early, from the next third of a ``window``, and apply the plan when it is there, where
+    PAR of some 16 steps, mean over layers, is more than so many times what the last plan promised
+    and reached; before the first plan: than 1. None: plans are made by the clock alone."""
 
     layers_per_step: int = 1
     """Most layers whose experts move in one round."""
@@ -206,6 +211,7 @@ class Config:
             plan_seconds=self.plan_seconds,
         )
         self._check_timeout()
+        self._check_replan_above()
         for name in ("expert_map", "record_path", "record_map_path"):
             value = getattr(self, name)
             if value is not None:
@@ -226,6 +232,17 @@ class Config:
             raise TypeError(f"timeout must be a number of seconds, got {value!r}")
         if not 0 < value < float("inf"):
             raise ValueError(f"timeout must be a finite number of more than 0 seconds, got {value}")
+
+    def _check_replan_above(self) -> None:
+        value = self.replan_above
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"replan_above must be a number or None, got {value!r}")
+        if not 1.0 <= value < float("inf"):
+            raise ValueError(
+                f"replan_above must be a finite number of at least 1 (or None), got {value}"
+            )
 
     def _check_cost(self) -> None:
         if self.cost is None or (isinstance(self.cost, str) and self.cost in COSTS):

@@ -6,12 +6,12 @@ all ranks. What a rank cannot know by counting (has everybody's transfer finishe
 planner answered?) is agreed by a tiny all-reduce that is started at one boundary and read at the
 next, so that nobody waits for a message that was not already under way for a whole forward.
 
-    COLLECT  count, and look at the load now and then; at the window's end copies of the counters
-             are under way
+    COLLECT  count, and look at the load now and then; where it has drifted the window begins at
+             once; at the window's end copies of the counters are under way
     SAMPLE   every rank has its copies                        -> the load reduction is started
     PLAN     rank 0 has the sum, asks the planner             -> the broadcast is started
     RECEIVE  every rank has the plan
-    WAIT     until plan_interval steps after collection        (no messages)
+    WAIT     until plan_interval steps after collection, but not where the load has drifted
     MIGRATE  the split changes at once; then round after round: drain, post, agree, commit
 
 Without overlap a round is received in the boundary that posts it; when every rank has it is agreed
@@ -42,6 +42,7 @@ from torch_eplb.planner.process import Planner
 from torch_eplb.policies.split import par
 from torch_eplb.routing.load import LoadCounters, SampleWindow, split_samples
 from torch_eplb.runtime.config import Config
+from torch_eplb.runtime.drift import Drift
 from torch_eplb.runtime.present import PresentPar
 from torch_eplb.values.errors import EPLBError
 from torch_eplb.values.placement import Placement
@@ -90,7 +91,7 @@ class RebalanceCycle:
         stage: the same on all ranks, or they would wait for each other until the time limit.
         par_measured, par_predicted: float ``[layers]``; see `torch_eplb.Stats`.
         present: PAR over the last steps.
-        rebalances, plans_failed, abandoned, plan_seconds: see `torch_eplb.Stats`.
+        rebalances, early_plans, plans_failed, abandoned, plan_seconds: see `torch_eplb.Stats`.
         rebalanced_at: when the last rebalance ended, by `time.monotonic`; None before the first.
         stalled: why nothing has progressed for long, or None.
     """
@@ -123,6 +124,8 @@ class RebalanceCycle:
         self.par_measured: NDArray[np.float64] = np.full(num_layers, np.nan)
         self.window_load: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
         self.par_predicted: NDArray[np.float64] = np.full(num_layers, np.nan)
+        self._drift = Drift(num_layers, config.replan_above)
+        self.early_plans = 0
         self.rebalances = 0
         self.rebalanced_at: float | None = None
         self.plans_failed = 0
@@ -154,8 +157,9 @@ class RebalanceCycle:
         if self.stage is Stage.COLLECT:
             since = self._waited
             self._window.step(since)
-            if since < self._config.collect_interval:
-                self.present.step(since)
+            if since < self._collect_until:
+                if self.present.step(since) and not self._early:
+                    self._look_for_drift(since)
                 return
             self._window.finish(since)
             self._window_end = self._position.step
@@ -175,6 +179,22 @@ class RebalanceCycle:
         # Last, because the threads that carry it would take the core from what is still to do here.
         self._migration.start_round()
         self._watch_for_stall()
+
+    def _look_for_drift(self, since: int) -> None:
+        """All ranks have the same look: plan early if the load is no longer what it was."""
+        promised = float(self._drift.promised.mean())
+        if not self._drift.too_much(self.present.values, self.present.tokens):
+            return
+        until = self._window.shorten(since)
+        if until is None:
+            return
+        self._early, self._collect_until = True, until
+        self.early_plans += 1
+        if self._comm.rank == 0:
+            logger.info(
+                "PAR of the last steps is %.3f instead of %.3f: planning from the next %d steps",
+                float(np.nanmean(self.present.values)), promised, until - since,
+            )  # fmt: skip
 
     def drain(self) -> None:
         """Bring a round in flight to its end and give up the rest of the cycle.
@@ -207,6 +227,7 @@ class RebalanceCycle:
             PeerLostError: as `boundary`.
         """
         self._begin()
+        self._drift.planned(plan.predicted_par)
         self._enter(Stage.MIGRATE)
         self._may_post = True
         self._migration.begin(plan, rounds)
@@ -234,6 +255,8 @@ class RebalanceCycle:
         self._work: dist.Work | None = None
         self._buffer: torch.Tensor | None = None
         self._submitted = False
+        self._early = False  # whether this plan does not wait for its time
+        self._collect_until = self._config.collect_interval
         self._reply: ReceivedPlan | None = None
         self._window.start()
         self.present.start()
@@ -404,7 +427,8 @@ class RebalanceCycle:
     # ---- migration ----------------------------------------------------------------------------
 
     def _apply_when_due(self) -> None:
-        if self._position.step < self._window_end + self._config.plan_interval:
+        due = self._window_end + self._config.plan_interval
+        if self._position.step < due and not self._early:
             return
         assert self._reply is not None
         plan, schedule = self._reply.plan, self._reply.schedule
@@ -414,6 +438,7 @@ class RebalanceCycle:
                 self._write_map(schedule.target)
             self._begin()
             return
+        self._drift.planned(plan.predicted_par)
         self._enter(Stage.MIGRATE)
         self._migration.begin(plan, schedule.rounds)
         if self._migration.done:

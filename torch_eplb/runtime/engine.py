@@ -514,6 +514,7 @@ class Engine(BoundToRanks):
             step=self.position.step,
             stage=cycle.stage.value if self.is_open else "closed",
             rebalances=cycle.rebalances,
+            early_plans=cycle.early_plans,
             seconds_since_rebalance=None if ended is None else time.monotonic() - ended,
             placement_version=migration.version,
             experts_moved=migration.experts_moved,

@@ -37,6 +37,7 @@ class Options(TypedDict, total=False):
     collect_interval: int
     window: int
     plan_interval: int
+    replan_above: float | None
     layers_per_step: int
     staging_bytes: int | str | None
     direct: bool

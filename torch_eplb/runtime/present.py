@@ -16,6 +16,9 @@ __all__ = ["LEAST_STEPS", "PresentPar"]
 LEAST_STEPS = 16
 """Steps that are looked at together, at least: a look costs an all-reduce."""
 
+_UNDER_WAY = 2
+"""Steps after which a look is read: nobody waits for a message that has had whole forwards."""
+
 
 class PresentPar:
     """Looks at the load while it is collected, every `LEAST_STEPS` steps or some more.
@@ -23,7 +26,8 @@ class PresentPar:
     A look is the difference of two copies that the window has taken anyway, summed over ranks by an
     all-reduce on the control plane. It is started half a look after the second copy, for which
     nobody waits: a rank whose copy is still under way adds nothing but that it is, and then the
-    look counts nowhere. Which looks are started is the same on all ranks, as steps are.
+    look counts nowhere. Which looks are started, and when they are read, is the same on all ranks,
+    as steps are.
 
     Args:
         comm: what ranks sum by.
@@ -32,7 +36,8 @@ class PresentPar:
 
     Attributes:
         values: float64 ``[layers]``; NaN where nothing is known yet. Where a look counted nothing
-            (dummy batches) it says what it said before. Same on all ranks, but for a step or two.
+            (dummy batches) it says what it said before. Same on all ranks.
+        tokens: that the last look counted, per rank and summed over the layers.
     """
 
     def __init__(self, comm: Communicator, window: SampleWindow, num_layers: int) -> None:
@@ -43,24 +48,27 @@ class PresentPar:
         self._sum: torch.Tensor | None = None
         self._work: dist.Work | None = None
         self.values: NDArray[np.float64] = np.full(num_layers, np.nan)
+        self.tokens = 0.0
 
     def start(self) -> None:
         """A window begins; a look at the last one is forgotten."""
         self._sum, self._work = None, None
 
-    def step(self, steps_since_start: int) -> None:
+    def step(self, steps_since_start: int) -> bool:
         """Called at every boundary inside of a window, on all ranks.
 
+        Returns:
+            whether a look has counted something that is known from now on; same on all ranks.
+
         Raises:
-            PeerLostError: a look that has been under way for a whole look failed, or its time is
-                over.
+            PeerLostError: a look failed, or its time is over.
         """
         looks, offset = divmod(steps_since_start, self._steps)
-        due = looks > 0 and offset == self._steps // 2
-        if self._sum is not None and (due or self._comm.has_finished(self._work)):
-            self._read()
-        if due:
+        if looks and offset == self._steps // 2:
             self._look()
+        elif self._sum is not None and offset == self._steps // 2 + _UNDER_WAY:
+            return self._read()
+        return False
 
     def take(self, rank_load: NDArray[np.int64]) -> None:
         """What is known from elsewhere: tokens ``[layers, ranks]`` of the last steps."""
@@ -75,10 +83,13 @@ class PresentPar:
         self._sum = torch.cat([missing, counted.reshape(-1)])
         self._work = dist.all_reduce(self._sum, group=self._comm.control, async_op=True)
 
-    def _read(self) -> None:
+    def _read(self) -> bool:
         assert self._sum is not None
         self._comm.wait_for(self._work, "a look at the load")
         missing, counted = self._sum[0], self._sum[1:]
         self._sum, self._work = None, None
-        if not missing:
-            self.take(counted.view(len(self.values), -1).numpy())
+        if missing or not counted.any():
+            return False
+        self.tokens = float(counted.sum()) / self._comm.num_ranks
+        self.take(counted.view(len(self.values), -1).numpy())
+        return True

@@ -15,12 +15,13 @@ class Stats:
         step: forwards made. One that raised before it had exchanged anything and the next are one.
         stage: what the rebalance cycle is doing, in words.
         rebalances: plans that were carried out, those included that only changed the split.
+        early_plans: plans that did not wait for ``collect_interval``, because the load had drifted.
         seconds_since_rebalance: since the last of them ended; None before the first one (per rank).
         placement_version: rounds committed; changes whenever an expert has moved.
         experts_moved: transfers of one expert in one layer.
         par_now: per layer, PAR over the last steps: ``collect_interval`` / 32 of them, and at least
             16 (in shorter windows the window's last). While a plan is made and experts move it is
-            not renewed; NaN at first. Same on all ranks, but for a step or two.
+            not renewed; NaN at first.
         par_measured: per layer, PAR over the last collection window; NaN before the first one.
         par_predicted: per layer, PAR that the last plan expected; NaN before the first one.
         bytes_sent, bytes_received: expert weights that this rank moved (per rank).
@@ -50,6 +51,7 @@ class Stats:
     step: int
     stage: str
     rebalances: int
+    early_plans: int
     seconds_since_rebalance: float | None
     placement_version: int
     experts_moved: int
