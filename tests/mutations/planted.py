@@ -184,10 +184,10 @@ FAULTS = (
     ),
     _fault(
         "promise-that-was-not-kept-asked-for-again",
-        "runtime/drift.py",
+        "policies/drift.py",
         "        if self._first_look:\n",
         "        if False:\n",
-        "runtime/test_drift.py",
+        "runtime/test_early_plans.py",
     ),
     _fault(
         "shared-tokens-counted-by-every-rank",

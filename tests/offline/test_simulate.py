@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from torch_eplb.files.trace import Trace, read_trace
-from torch_eplb.offline.replay import NO_BALANCING, Settings, judge, replay
+from torch_eplb.offline.replay import NO_BALANCING, Replay, Settings, judge, replay
+from torch_eplb.offline.serving import Cycle
 from torch_eplb.offline.simulate import simulate
 from torch_eplb.policies.split import even_split
 from torch_eplb.values.choices import REPLICA_CHOICES
@@ -253,3 +254,61 @@ def test_unknown_names_and_sizes_are_refused() -> None:
         simulate(trace, SMALL, ["static"], num_steps=25)
     with pytest.raises(ValueError, match="layers must be at least 1, got 0"):
         simulate(trace, SMALL, ["static"], num_layers=0)
+
+
+def switched(steps: int = 400, at: int = 200, experts: int = 16) -> np.ndarray:
+    """``[steps, 1, 2, experts]``: hot are the first experts, then the last ones."""
+    load = np.full((steps, 1, 2, experts), 20)
+    load[:at, ..., :4] = 100
+    load[at:, ..., -4:] = 100
+    return load
+
+
+def served(**cycle: Any) -> Replay:
+    settings = Settings(num_ranks=4, cycle=Cycle(**cycle))
+    return replay(switched(), settings, "flow", "batch")
+
+
+def test_a_server_plans_early_after_its_start_and_after_a_switch() -> None:
+    result = served()
+    assert len(result.par) == 400
+    assert len(result.plan_steps) == 2
+    # A look of 19 steps, read 11 steps later; a third of a window; planning.
+    assert result.plan_steps[0] == 19 + 11 + 16 + 10
+    assert 200 + 16 + 10 < result.plan_steps[1] < 200 + 2 * 19 + 11 + 16 + 10 + 1
+    first, second = result.plan_steps.tolist()
+    moving = 2 * int(result.rounds.max())
+    assert (result.par[:first] > 1.9).all()
+    assert (result.par[first + moving : 200] < 1.1).all()
+    assert (result.par[second + moving :] < 1.1).all()
+
+
+def test_a_server_without_early_plans_waits_for_its_clock() -> None:
+    result = served(replan_above=None, collect_interval=100, plan_interval=20)
+    # The second collection begins when the last round of the first plan is done.
+    second = 120 + 2 * int(result.rounds[0]) + 120
+    assert result.plan_steps[:2].tolist() == [120, second]
+    slow = served(replan_above=None, collect_interval=100, plan_interval=0, plan_steps=30)
+    assert slow.plan_steps[0] == 130
+    assert len(served(replan_above=None).plan_steps) == 0
+
+
+def test_layers_move_one_after_another() -> None:
+    result = served(replan_above=None, collect_interval=100, plan_interval=20)
+    done = [int(np.argmax(result.par[:, layer] < 1.1)) for layer in (0, 1)]
+    assert 120 <= done[0] != done[1] <= 120 + 2 * int(result.rounds[0])
+
+
+def test_none_and_a_policy_judge_the_same_steps() -> None:
+    settings = Settings(num_ranks=4, cycle=Cycle())
+    document = simulate(Trace(switched().astype(np.uint16)), settings, ["flow"])
+    lengths = {len(entry["par_series"]) for entry in document["policies"].values()}
+    assert lengths == {400}
+    assert document["settings"]["cycle"]["collect_interval"] == 600
+
+
+def test_wrong_cycles_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"collect_interval \(20\) must be at least window \(50\)"):
+        Settings(num_ranks=2, cycle=Cycle(collect_interval=20))
+    with pytest.raises(ValueError, match=r"replan_above must be at least 1, got 0\.5"):
+        Cycle(replan_above=0.5)

@@ -52,12 +52,12 @@ def test_a_collection_cut_short_is_sampled_from_then_on() -> None:
             counters.values += counted[-1]
             sampled.step(step)
             if step == cut:
-                assert sampled.shorten(step) == cut + 16
+                assert sampled.shorten(step, 16) == cut + 16
         sampled.finish(cut + 16)
         expected = [
             sum(part, torch.zeros(2, 5).long()) for part in _parts(counted, [cut, *[2] * 8])
         ]
         assert torch.equal(sampled.samples(), torch.stack(expected))
     sampled.start()
-    assert sampled.shorten(550) is None  # the window has begun
-    assert SampleWindow(counters, 40, 50).shorten(20) is None  # all of it is the window
+    assert sampled.shorten(550, 16) is None  # the window has begun
+    assert SampleWindow(counters, 40, 50).shorten(20, 16) is None  # all of it is the window

@@ -36,7 +36,7 @@ class Planner:
         policy: a name from `torch_eplb.policies.registry.POLICIES`, or a callable.
         replica_choice: how the engine splits an expert's tokens among its replicas; all three
             do so evenly, about.
-        knobs: ``min_gain``, ``target_par``, ``max_moves``; see `make_policy`.
+        knobs: ``min_gain``, ``target_par``, ``max_moves``, ``plan_seconds``; see `make_policy`.
 
     Raises:
         TypeError, ValueError: as `make_policy`.

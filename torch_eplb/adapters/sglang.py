@@ -49,7 +49,8 @@ def rebalancer(
         policy: a name or a callable, as in ``wrap(policy=...)``.
         fallback: answers instead where the algorithm is an elastic one, which plans around ranks
             that have left.
-        **options: ``replica_choice``, ``min_gain``, ``target_par``, ``max_moves``; see `Planner`.
+        **options: ``replica_choice``, ``min_gain``, ``target_par``, ``max_moves``,
+            ``plan_seconds``; see `Planner`.
 
     Raises:
         TypeError, ValueError: a wrong policy or option.

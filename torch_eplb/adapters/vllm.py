@@ -38,7 +38,8 @@ def policy_class(policy: str | Callable[..., Any] = "flow", **options: Any) -> t
 
     Args:
         policy: a name or a callable, as in ``wrap(policy=...)``.
-        **options: ``replica_choice``, ``min_gain``, ``target_par``, ``max_moves``; see `Planner`.
+        **options: ``replica_choice``, ``min_gain``, ``target_par``, ``max_moves``,
+            ``plan_seconds``; see `Planner`.
 
     Raises:
         TypeError, ValueError: a wrong policy or option.

@@ -50,7 +50,8 @@ class EplbPolicy:
     Args:
         policy: a name or a callable, as in ``wrap(policy=...)``.
         ranks_per_node: for policies that look at nodes; None takes all ranks as one node.
-        **options: ``replica_choice``, ``min_gain``, ``target_par``, ``max_moves``; see `Planner`.
+        **options: ``replica_choice``, ``min_gain``, ``target_par``, ``max_moves``,
+            ``plan_seconds``; see `Planner`.
 
     Raises:
         TypeError, ValueError: a wrong policy or option.

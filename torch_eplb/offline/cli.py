@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 import textwrap
@@ -24,6 +25,7 @@ from torch_eplb.offline.cost import HARDWARE, CostModel
 from torch_eplb.offline.page import page, runs_of
 from torch_eplb.offline.progress import progress_bar
 from torch_eplb.offline.replay import NO_BALANCING, Settings
+from torch_eplb.offline.serving import Cycle
 from torch_eplb.offline.simulate import simulate
 from torch_eplb.offline.watch import watch
 from torch_eplb.policies.registry import POLICIES, check_plan, make_policy
@@ -163,6 +165,7 @@ def _add_group_options(command: argparse.ArgumentParser, default_ranks: int | No
     add("--min-gain", type=float, metavar="G", help="least PAR gained per moved expert (flow)")
     add("--target-par", type=float, metavar="P", help="nothing moves below this PAR")
     add("--max-moves", type=int, metavar="N", help="most experts moved per layer and plan (flow)")
+    add("--plan-seconds", type=float, metavar="S", help="seconds after which a search ends (flow)")
 
 
 def _add_replay_options(command: argparse.ArgumentParser) -> None:
@@ -180,6 +183,13 @@ def _add_replay_options(command: argparse.ArgumentParser) -> None:
     add("--interval", type=int, default=50, metavar="N", help="steps between plans; default: 50")
     add("--steps", type=int, metavar="N", help="replay the first N steps only")
     add("--layers", type=int, metavar="N", help="replay N layers, repeating those of the trace")
+    cycle = command.add_argument_group("a server's cycle, instead of --interval")
+    add = cycle.add_argument
+    add("--cycle", action="store_true", help="plan when a server would; any of these implies it")
+    add("--collect-interval", type=int, metavar="N", help="steps of a collection, at most; 600")
+    add("--plan-interval", type=int, metavar="N", help="steps before which no plan applies; 50")
+    add("--replan-above", type=float, metavar="F", help="plan early above it; 1.05, inf: never")
+    add("--plan-steps", type=int, metavar="N", help="steps that planning takes; 10")
     cost = command.add_argument_group("cost model, for bytes and step times")
     add = cost.add_argument
     add("--hardware", choices=HARDWARE, default="ascend-910c", help="default: ascend-910c")
@@ -212,9 +222,23 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         min_gain=arguments.min_gain,
         target_par=arguments.target_par,
         max_moves=arguments.max_moves,
+        plan_seconds=arguments.plan_seconds,
+        cycle=_cycle(arguments),
         staging_experts=arguments.staging_experts,
         cost=CostModel(hardware, size, float(flops)),
     )
+
+
+def _cycle(arguments: argparse.Namespace) -> Cycle | None:
+    """When plans are made, if a server is replayed."""
+    given = {
+        field.name: getattr(arguments, field.name)
+        for field in dataclasses.fields(Cycle)
+        if getattr(arguments, field.name) is not None
+    }
+    if given.get("replan_above") == math.inf:
+        given["replan_above"] = None
+    return Cycle(**given) if given or arguments.cycle else None
 
 
 def _number(text: str) -> int | str:
@@ -312,8 +336,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     load = window_samples(read_load(arguments.load), settings.max_samples)
     _, layers, experts = load.shape
     current = Placement.initial(layers, experts, settings.num_ranks, settings.slots(experts))
-    options = {"min_gain": arguments.min_gain, "target_par": arguments.target_par,
-               "max_moves": arguments.max_moves}  # fmt: skip
+    knobs = ("min_gain", "target_par", "max_moves", "plan_seconds")
+    options = {name: getattr(arguments, name) for name in knobs}
     policy = make_policy(
         arguments.policy,
         replica_choice=arguments.replica_choice,

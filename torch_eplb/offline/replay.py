@@ -6,11 +6,13 @@ server would have decided. Every step is judged with a plan that was made before
     steps     0 ........ window ........ + interval ........ + interval ....
     plan                 made from the `window` steps before, judged on the `interval` steps after
 
-The first window is not judged. Imports numpy only.
+The first window is not judged. With a `Cycle` plans are made and carried out when a server would
+(`serving`), and all steps are judged. Imports numpy only.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 from torch_eplb.files.trace import window_samples
 from torch_eplb.offline.cost import HARDWARE, CostModel, traffic
 from torch_eplb.offline.progress import Progress
+from torch_eplb.offline.serving import Cycle, serve
 from torch_eplb.planner.messages import PlannerSettings, PlanReply, Refusal, Request
 from torch_eplb.planner.worker import answer
 from torch_eplb.policies.registry import POLICIES
@@ -88,6 +91,12 @@ class Settings:
     max_moves: int | None = None
     """Most experts moved per layer and plan; None is the policy's default."""
 
+    plan_seconds: float | None = None
+    """Seconds after which a search ends; None is the policy's default."""
+
+    cycle: Cycle | None = None
+    """When a server would plan; None for a plan every ``interval`` steps."""
+
     staging_experts: int = 1
     """Staging memory of a rank, in experts."""
 
@@ -105,7 +114,17 @@ class Settings:
             raise ValueError(
                 f"num_redundant_experts must not be negative, got {self.num_redundant_experts}"
             )
+        if self.cycle is not None and self.cycle.collect_interval < self.window:
+            raise ValueError(
+                f"collect_interval ({self.cycle.collect_interval}) must be at least window "
+                f"({self.window})"
+            )
         self.topology()
+
+    @property
+    def first_step(self) -> int:
+        """The first step that is judged."""
+        return self.window if self.cycle is None else 0
 
     def topology(self) -> Topology:
         return Topology(self.num_ranks, self.num_nodes, self.num_expert_groups)
@@ -227,54 +246,116 @@ def replay(
     if isinstance(policy, str):
         _check_choice("policy", policy, (*POLICIES, NO_BALANCING))
     _check_choice("replica_choice", replica_choice, REPLICA_CHOICES)
-    num_steps, _, num_layers, num_experts = counts.shape
-    if num_steps <= settings.window:
+    num_steps, _, num_layers, _ = counts.shape
+    if num_steps <= settings.first_step:
         raise ValueError(
             f"a window of {settings.window} steps leaves none of {num_steps} steps to judge; "
             "shorten the window or record more steps"
         )
-    slots = settings.slots(num_experts)
-    placement = Placement.initial(num_layers, num_experts, settings.num_ranks, slots)
-    split = even_split(placement)
     planner = None
     if policy != NO_BALANCING:
         planner = _planner(settings, policy, replica_choice, num_layers)
-    plans: list[_Planned] = []
-    refusals: list[tuple[int, str]] = []
-    pars, peaks = [], []
-    total = np.zeros((num_layers, settings.num_ranks))
-    for start in range(settings.window, num_steps, settings.interval):
-        if planner is not None:
-            request = Request(start, _window(counts, start, settings), placement)
-            reply = answer(planner, request)
-            if isinstance(reply, Refusal):
-                refusals.append((start, reply.cause))
-            else:
-                plans.append(_Planned.of(placement, reply, settings.cost))
-                placement, split = reply.plan.placement, reply.plan.split
-        loads = judge(counts[start : start + settings.interval], placement, split, replica_choice)
-        pars.append(par(loads))
-        peaks.append(loads.max(axis=2))
-        total += loads.sum(axis=0)
-        if progress is not None:
-            done = min(start + settings.interval, num_steps) - settings.window
-            progress(label or policy_name(policy), done, num_steps - settings.window)
+    run = _Run(counts, settings, planner, replica_choice)
+    if progress is not None:
+        run.progress = functools.partial(progress, label or policy_name(policy))
+    if settings.cycle is None or planner is None:
+        _by_the_window(run)
+    else:
+        serve(run, settings.cycle, settings.window, settings.max_samples)
+    total = run.total
     mean = np.maximum(total.mean(axis=1, keepdims=True), np.finfo(float).tiny)
+    plans = run.plans
     return Replay(
         policy=policy_name(policy),
         replica_choice=replica_choice,
-        par=np.concatenate(pars),
-        peak_tokens=np.concatenate(peaks),
+        par=np.concatenate(run.pars),
+        peak_tokens=np.concatenate(run.peaks),
         rank_load=total / mean,
-        slots=settings.num_ranks * slots,
+        slots=run.placement.num_ranks * run.placement.num_slots,
         plan_steps=np.array([p.step for p in plans], np.int64),
         moved=np.array([p.moved for p in plans], np.int64).reshape(-1, num_layers),
         travelled=np.array([p.travelled for p in plans], np.int64),
         rounds=np.array([p.rounds for p in plans], np.int64),
         plan_seconds=np.array([p.plan_seconds for p in plans], np.float64),
         migration_seconds=np.array([p.migration_seconds for p in plans], np.float64),
-        refusals=tuple(refusals),
+        refusals=tuple(run.refusals),
     )
+
+
+def _by_the_window(run: _Run) -> None:
+    window, interval = run.settings.window, run.settings.interval
+    for start in range(run.settings.first_step, run.num_steps, interval):
+        reply = run.ask(start, start - window)
+        if reply is not None:
+            run.adopt(start, reply)
+            run.take(reply.plan.placement.experts, reply.plan.split)
+        run.judge(start, start + interval)
+
+
+class _Run:
+    """Placement and split on their way along a trace, and what came of them.
+
+    Attributes:
+        placement, split: the present ones.
+        pars, peaks, total, plans, refusals: see `Replay`; the first two in pieces.
+    """
+
+    def __init__(
+        self,
+        counts: NDArray[Any],
+        settings: Settings,
+        planner: PlannerSettings | None,
+        replica_choice: str,
+    ) -> None:
+        self.settings = settings
+        self._counts, self._planner, self._choice = counts, planner, replica_choice
+        num_steps, _, num_layers, num_experts = counts.shape
+        self.num_steps = num_steps
+        self.placement = Placement.initial(
+            num_layers, num_experts, settings.num_ranks, settings.slots(num_experts)
+        )
+        self.split = even_split(self.placement)
+        self.progress: Callable[[int, int], None] | None = None
+        self.plans: list[_Planned] = []
+        self.refusals: list[tuple[int, str]] = []
+        self.pars: list[NDArray[np.float64]] = []
+        self.peaks: list[NDArray[np.float64]] = []
+        self.total = np.zeros((num_layers, settings.num_ranks))
+
+    def ask(self, step: int, first: int) -> PlanReply | None:
+        """Plan before ``step`` from the steps since ``first``; None if nobody does, or can."""
+        if self._planner is None:
+            return None
+        load = self._counts[first:step].sum(axis=1, dtype=np.int64)
+        request = Request(step, window_samples(load, self.settings.max_samples), self.placement)
+        reply = answer(self._planner, request)
+        if isinstance(reply, Refusal):
+            self.refusals.append((step, reply.cause))
+            return None
+        return reply
+
+    def adopt(self, step: int, reply: PlanReply) -> None:
+        """Write down that a plan is carried out from ``step`` on."""
+        self.plans.append(_Planned.of(step, self.placement, reply, self.settings.cost))
+
+    def take(self, experts: NDArray[np.int32], split: NDArray[np.float64]) -> None:
+        """Serve with this placement from now on."""
+        self.placement = Placement(experts, self.placement.num_experts)
+        self.split = split
+
+    def judge(self, start: int, stop: int) -> NDArray[np.float64]:
+        """``[layers, ranks]``: the load of steps ``start`` to ``stop``, as far as there are any."""
+        if start >= min(stop, self.num_steps):
+            return np.zeros_like(self.total)
+        loads = judge(self._counts[start:stop], self.placement, self.split, self._choice)
+        self.pars.append(par(loads))
+        self.peaks.append(loads.max(axis=2))
+        load: NDArray[np.float64] = loads.sum(axis=0)
+        self.total += load
+        if self.progress is not None:
+            first = self.settings.first_step
+            self.progress(min(stop, self.num_steps) - first, self.num_steps - first)
+        return load
 
 
 @dataclass(frozen=True)
@@ -289,9 +370,9 @@ class _Planned:
     migration_seconds: float
 
     @classmethod
-    def of(cls, before: Placement, reply: PlanReply, cost: CostModel) -> _Planned:
+    def of(cls, step: int, before: Placement, reply: PlanReply, cost: CostModel) -> _Planned:
         return cls(
-            reply.request_id,
+            step,
             before.changed_slots(reply.plan.placement),
             traffic(reply.schedule),
             len(reply.schedule.rounds),
@@ -308,6 +389,7 @@ def _planner(
         "min_gain": settings.min_gain,
         "target_par": settings.target_par,
         "max_moves": settings.max_moves,
+        "plan_seconds": settings.plan_seconds,
     }
     size = settings.cost.expert_bytes
     return PlannerSettings(
@@ -317,12 +399,6 @@ def _planner(
         expert_bytes=(size,) * num_layers,
         staging_bytes=settings.staging_experts * size,
     )
-
-
-def _window(counts: NDArray[Any], start: int, settings: Settings) -> NDArray[np.int64]:
-    """``[samples, layers, experts]``: what the planner is told before step ``start``."""
-    load = counts[start - settings.window : start].sum(axis=1, dtype=np.int64)
-    return window_samples(load, settings.max_samples)
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

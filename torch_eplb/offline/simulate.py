@@ -5,6 +5,7 @@ Imports numpy only.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,7 +68,7 @@ def simulate(
         label: summarise(replay(counts, settings, policy, choice, progress, label), settings)
         for label, policy, choice in runs
     }
-    load = counts[settings.window :].sum(axis=(0, 1), dtype=np.float64)
+    load = counts[settings.first_step :].sum(axis=(0, 1), dtype=np.float64)
     return {
         "trace": {
             "steps": counts.shape[0],
@@ -83,6 +84,7 @@ def simulate(
             "num_expert_groups": settings.num_expert_groups,
             "window": settings.window,
             "interval": settings.interval,
+            "cycle": None if settings.cycle is None else dataclasses.asdict(settings.cycle),
             "expert_bytes": settings.cost.expert_bytes,
             "flops_per_token": settings.cost.flops_per_token,
             "flops_per_second": settings.cost.hardware.flops_per_second,
@@ -137,7 +139,7 @@ def summarise(result: Replay, settings: Settings) -> dict[str, Any]:
         "compute_ms": 1e3 * compute,
         "migration_ms": 1e3 * migration,
         "par_series": _rounded(result.par.mean(axis=1)),
-        "first_step": settings.window,
+        "first_step": settings.first_step,
         "rebalance_steps": result.plan_steps[result.moved.any(axis=1)].tolist(),
         "rank_load": _rounded(result.rank_load),
         "refusals": [list(refusal) for refusal in result.refusals],

@@ -39,6 +39,7 @@ def rebalance_experts(
     min_gain: float | None = None,
     target_par: float | None = None,
     max_moves: int | None = None,
+    plan_seconds: float | None = None,
 ) -> tuple[Any, Any, Any]:
     """Where every expert should be: DeepSeek's entry point, so that ours can stand in for theirs.
 
@@ -60,7 +61,7 @@ def rebalance_experts(
             every policy, an expert that stays on its GPU keeps its slot. None: nothing is live,
             and moves cost nothing.
         replica_choice: how tokens will be shared among replicas, by which "flow" judges.
-        min_gain, target_par, max_moves: as in `torch_eplb.Config`, for "flow".
+        min_gain, target_par, max_moves, plan_seconds: as in `torch_eplb.Config`, for "flow".
 
     Returns:
         ``phy2log`` ``[layers, num_replicas]``, the expert of every physical one; ``log2phy``
@@ -107,6 +108,7 @@ def rebalance_experts(
             min_gain=min_gain,
             target_par=target_par,
             max_moves=max_moves,
+            plan_seconds=plan_seconds,
         )
         placed = plan(load, live, topology).placement
     phy2log, log2phy, logcnt = placed.phy2log, placed.log2phy, placed.logcnt

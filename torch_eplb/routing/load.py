@@ -105,6 +105,7 @@ class SampleWindow:
 
     Attributes:
         length: steps of a sub-window.
+        fine: steps of a sample of the window.
         samples_per_length: samples that take as long, about.
     """
 
@@ -113,8 +114,8 @@ class SampleWindow:
         self.length = -(-interval // MAX_SAMPLES)
         self._interval, self._window = interval, window
         self._first = 0  # the first step of the window
-        self._fine = sample_steps(interval, window)
-        self.samples_per_length = -(-self.length // self._fine)
+        self.fine = sample_steps(interval, window)
+        self.samples_per_length = -(-self.length // self.fine)
         self._on_device = counters.values.device.type != "cpu"
         self._copies: list[torch.Tensor] = []
         self._samples: list[torch.Tensor] = []
@@ -129,16 +130,14 @@ class SampleWindow:
     def step(self, steps_since_start: int) -> None:
         """Called at every step boundary; takes a copy when a sub-window or a sample ends."""
         since = steps_since_start - self._first
-        self._take(steps_since_start % self.length == 0, since >= 0 and since % self._fine == 0)
+        self._take(steps_since_start % self.length == 0, since >= 0 and since % self.fine == 0)
 
-    def shorten(self, steps_since_start: int) -> int | None:
-        """Let the window begin at this step, after `step`; it takes a third of its steps, all of
-        them of load that is new.
+    def shorten(self, steps_since_start: int, steps: int) -> int | None:
+        """Let the window begin at this step, after `step`, and take so many steps.
 
         Returns:
             the step at which the collection then ends; None where it ends soon anyway.
         """
-        steps = max(self._window // 3, self._fine)
         if steps_since_start + steps >= self._interval or steps_since_start >= self._first:
             return None
         self._first = steps_since_start
@@ -148,7 +147,7 @@ class SampleWindow:
     def finish(self, steps_since_start: int) -> None:
         """The collection ends here, in the middle of a sub-window perhaps."""
         since = steps_since_start - self._first
-        self._take(steps_since_start % self.length > 0, since % self._fine > 0)
+        self._take(steps_since_start % self.length > 0, since % self.fine > 0)
 
     def _take(self, sub_window: bool, sample: bool) -> None:
         if not sub_window and not sample:

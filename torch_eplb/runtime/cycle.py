@@ -39,10 +39,10 @@ from torch_eplb.layers.position import Position, Progress
 from torch_eplb.migration.progress import Migration
 from torch_eplb.planner.broadcast import ReceivedPlan, decode_plan
 from torch_eplb.planner.process import Planner
+from torch_eplb.policies.drift import Drift, cut_short
 from torch_eplb.policies.split import par
 from torch_eplb.routing.load import LoadCounters, SampleWindow, split_samples
 from torch_eplb.runtime.config import Config
-from torch_eplb.runtime.drift import Drift
 from torch_eplb.runtime.present import PresentPar
 from torch_eplb.values.errors import EPLBError
 from torch_eplb.values.placement import Placement
@@ -185,7 +185,7 @@ class RebalanceCycle:
         promised = float(self._drift.promised.mean())
         if not self._drift.too_much(self.present.values, self.present.tokens):
             return
-        until = self._window.shorten(since)
+        until = self._window.shorten(since, cut_short(self._config.window, self._window.fine))
         if until is None:
             return
         self._early, self._collect_until = True, until

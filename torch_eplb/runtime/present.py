@@ -8,20 +8,15 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from torch_eplb.comm.communicator import Communicator
+from torch_eplb.policies.drift import look_steps, read_after
 from torch_eplb.policies.split import par
 from torch_eplb.routing.load import SampleWindow
 
-__all__ = ["LEAST_STEPS", "PresentPar"]
-
-LEAST_STEPS = 16
-"""Steps that are looked at together, at least: a look costs an all-reduce."""
-
-_UNDER_WAY = 2
-"""Steps after which a look is read: nobody waits for a message that has had whole forwards."""
+__all__ = ["PresentPar"]
 
 
 class PresentPar:
-    """Looks at the load while it is collected, every `LEAST_STEPS` steps or some more.
+    """Looks at the load while it is collected, every 16 steps or some more.
 
     A look is the difference of two copies that the window has taken anyway, summed over ranks by an
     all-reduce on the control plane. It is started half a look after the second copy, for which
@@ -43,8 +38,9 @@ class PresentPar:
     def __init__(self, comm: Communicator, window: SampleWindow, num_layers: int) -> None:
         self._comm = comm
         self._window = window
-        self._copies = -(-LEAST_STEPS // window.length)  # of the window, per look
-        self._steps = self._copies * window.length
+        self._steps = look_steps(window.length)
+        self._copies = self._steps // window.length  # of the window, per look
+        self._sum_at, self._read_at = read_after(self._steps)
         self._sum: torch.Tensor | None = None
         self._work: dist.Work | None = None
         self.values: NDArray[np.float64] = np.full(num_layers, np.nan)
@@ -64,9 +60,9 @@ class PresentPar:
             PeerLostError: a look failed, or its time is over.
         """
         looks, offset = divmod(steps_since_start, self._steps)
-        if looks and offset == self._steps // 2:
+        if looks and offset == self._sum_at:
             self._look()
-        elif self._sum is not None and offset == self._steps // 2 + _UNDER_WAY:
+        elif self._sum is not None and offset == self._read_at:
             return self._read()
         return False
 

@@ -12,7 +12,7 @@ from support.ranks import run_ranks
 from torch import nn
 
 import torch_eplb
-from torch_eplb.runtime.drift import Drift
+from torch_eplb.policies.drift import Drift
 
 MANY = 1e9  # tokens: nothing is chance
 

@@ -1,4 +1,8 @@
-"""Whether the load has left what the last plan was made for: `Drift`."""
+"""Whether the load has left what the last plan was made for: `Drift`, fed with looks at PAR.
+
+A look sums some steps up, and is read half a look and a little after they were made, when the
+message that summed them over the ranks has long arrived.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,15 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Drift"]
+__all__ = ["Drift", "cut_short", "look_steps", "read_after"]
 
 Floats = NDArray[np.float64]
+
+_LEAST_STEPS = 16
+"""Steps that are looked at together, at least: a look costs an all-reduce."""
+
+_UNDER_WAY = 2
+"""Steps that a look's message has before it is read: nobody waits for it."""
 
 _DEVIATIONS = 2.0
 """Of counting independent tokens: by less than so many a rise is chance."""
@@ -61,3 +71,34 @@ class Drift:
         # If no better plan is found, only a further rise is a reason for another.
         self.promised = np.fmax(self.promised, present)
         return True
+
+
+def look_steps(length: int) -> int:
+    """Steps of a look, where load is copied every ``length`` steps.
+
+    >>> look_steps(19), look_steps(4)
+    (19, 16)
+    """
+    return -(-_LEAST_STEPS // length) * length
+
+
+def read_after(look: int) -> tuple[int, int]:
+    """Steps after the end of a look of so many steps at which it is summed up, and read.
+
+    >>> read_after(16)
+    (8, 10)
+    """
+    return look // 2, look // 2 + _UNDER_WAY
+
+
+def cut_short(window: int, sample: int) -> int:
+    """Steps that a plan is made from when it is early: a third of a window, all of them new.
+
+    Args:
+        window: steps of a window.
+        sample: steps of a sample.
+
+    >>> cut_short(50, 2)
+    16
+    """
+    return max(window // 3, sample)
