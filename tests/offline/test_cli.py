@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -223,3 +224,23 @@ def test_a_reader_that_leaves_early_is_no_error(trace: str) -> None:
     process.stderr.close()
     assert process.wait(timeout=120) == 0
     assert error == b""
+
+
+def test_planning_keeps_to_one_core_unless_told() -> None:
+    said = (
+        "import runpy, sys, os; sys.argv[1:] = ['--help'];\n"
+        "try: runpy.run_module('torch_eplb', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print(os.environ['OMP_NUM_THREADS'], os.environ['OPENBLAS_NUM_THREADS'])"
+    )
+    env = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
+    env["OPENBLAS_NUM_THREADS"] = "2"
+    out = subprocess.run(
+        [sys.executable, "-c", said],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert out.stdout.splitlines()[-1] == "1 2"

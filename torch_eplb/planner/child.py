@@ -26,6 +26,7 @@ from torch_eplb.planner.messages import (
     check_reply,
     one_line,
 )
+from torch_eplb.values.threads import ONE_THREAD
 
 __all__ = ["ProcessHost"]
 
@@ -38,16 +39,6 @@ EXIT_GRACE_SECONDS = 1.0
 """How long a child whose channel closed may take to exit before that is a cause of its own."""
 
 KILL_SECONDS = 1.0
-
-THREAD_COUNTS = (
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "BLIS_NUM_THREADS",
-    "VECLIB_MAXIMUM_THREADS",
-    "NUMEXPR_NUM_THREADS",
-)
-"""Environment variables, read when numpy is imported; the planner keeps to one core."""
 
 # The only code that is handed to the child. No import before the path is set: with -c, a file in
 # the working directory could stand in for a module of the standard library.
@@ -274,6 +265,6 @@ def _spawn(command: list[str], channel: int, output: int) -> subprocess.Popen[by
         stdout=output,
         stderr=output,
         pass_fds=[channel],
-        env={**os.environ, **dict.fromkeys(THREAD_COUNTS, "1")},
+        env={**os.environ, **ONE_THREAD},
         **group,
     )
