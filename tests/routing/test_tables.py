@@ -275,3 +275,21 @@ def test_few_tokens_meet_at_homes_that_all_ranks_know_and_that_are_level() -> No
         tables.home_LEM[0],
     )
     assert len(spread_out.unique()) > 1
+
+
+def test_host_slots_have_no_more_columns_than_replicas() -> None:
+    start, hot = (
+        Placement.initial(2, 8, 4, 3),
+        np.array([[0, 1, 2], [0, 3, 4], [0, 5, 6], [0, 7, 1]]),
+    )
+    tables = RoutingTables(
+        start, device="cpu", rank=0, replica_choice="batch", max_replicas=4, topology=Topology(4)
+    )
+    assert tables.host_slots(1).tolist() == tables.slots_LEM[1, :, :2].tolist()
+    after = Placement(np.stack([start.experts[0], hot]), 8)
+    tables.update(after, layers=[1])
+    for layer, used in ((0, 2), (1, 4)):
+        assert tables.host_slots(layer).tolist() == tables.slots_LEM[layer, :, :used].tolist()
+        assert (tables.slots_LEM[layer, :, used:] == -1).all()
+    tables.update(start, layers=[1])
+    assert tables.host_slots(1).shape == (8, 2)

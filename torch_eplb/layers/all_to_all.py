@@ -112,7 +112,7 @@ class AllToAll(ComputesChoices[_Trip]):
             ids_TK,
             counts[:, :-1],
             comm.rank,
-            tables.host_slots_LEM[self.index],
+            tables.host_slots(self.index),
             comm.num_ranks,
             tables.num_slots,
             tables.topology.ranks_per_node,

@@ -118,7 +118,7 @@ def plan_dispatch(
             ``topk_ids_TK``. The same on all ranks, or they will wait for rows that never come.
         source: this rank.
         slots_EM: int64 ``[experts, M]``, physical ids padded with -1, one per rank; on the host
-            (`RoutingTables.host_slots_LEM` of a layer), or it costs another sync.
+            (`RoutingTables.host_slots` of a layer), or it costs another sync.
         num_ranks: R.
         slots_per_rank: S.
         ranks_per_node: ranks on each node, to keep tokens on their node; None if all are on one.
@@ -232,60 +232,162 @@ def _sizes(
     if len(experts_X):
         slots_XM = slots_EM[experts_X]
         present_XM = slots_XM >= 0
-        row, physical = np.nonzero(present_XM)[0], slots_XM[present_XM]
-        rank = physical // slots_per_rank
-        quotas_RX = np.zeros((num_ranks, len(experts_X)), dtype=np.int64)
-        quotas_RX[rank, row] = quotas_EM[experts_X][present_XM]
-        sent_RX, received_RX = _match(counts_RE[:, experts_X], quotas_RX, source, groups)
-        sent[physical] = sent_RX[rank, row]
-        mine = rank == source
-        received_RS[:, physical[mine] - source * slots_per_rank] = received_RX[:, row[mine]]
+        row_F, physical_F = np.nonzero(present_XM)[0], slots_XM[present_XM]
+        rank_F = physical_F // slots_per_rank
+        lines = _Lines(
+            counts_RE, source, experts_X, row_F, rank_F, quotas_EM[experts_X][present_XM]
+        )
+        sent_F, received_RM = lines.match(groups)
+        sent[physical_F] = sent_F
+        received_RS[:, physical_F[lines.mine] - source * slots_per_rank] = received_RM
         # An expert's replicas take contiguous pieces of its tokens, in ascending order.
-        pieces_XM = np.zeros_like(slots_XM)
-        pieces_XM[present_XM] = sent[physical]
-        starts_XM = start[slots_XM[:, :1]] + pieces_XM.cumsum(1) - pieces_XM
-        start[physical] = starts_XM[present_XM]
+        before_F = sent_F.cumsum() - sent_F
+        head_F = np.searchsorted(row_F, row_F)  # the first of the expert's replicas
+        start[physical_F] = start[slots_XM[row_F, 0]] + before_F - before_F[head_F]
     return sent, start - (sent.cumsum() - sent), received_RS
 
 
-def _match(
-    counts_RX: NDArray[np.int64],
-    quotas_RX: NDArray[np.int64],
-    source: int,
-    groups: Sequence[int],
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """What ``source`` sends to each rank, and receives from each rank, per expert: ``[R, X]``.
+class _Lines:
+    """The tokens and the quotas of experts with replicas, as lines that meet piece by piece.
+
+    Only what ``source`` sends and receives is worked out: of the other ranks' tokens just where
+    they end, and all ranks' tokens for the replicas on ``source``. Suffixes: F replicas, those of
+    an expert one after another by rank; X their experts; G groups of ranks; M replicas here.
 
     Args:
-        counts_RX: choices of every source rank.
-        quotas_RX: what every rank's replica shall get; columns sum to those of ``counts_RX``.
+        counts_RE: choices of every source rank.
         source: this rank.
-        groups: ranks in each group of near ranks, ascending; the last is all of them.
+        experts_X: experts with replicas.
+        row_F, rank_F: of each replica, its expert's place in ``experts_X``, and its rank.
+        quota_F: what each replica shall get; sums to the expert's counts.
     """
-    num_ranks, num_experts = counts_RX.shape
-    kept_RX = np.minimum(counts_RX, quotas_RX)
-    sent_RX, received_RX = np.zeros_like(counts_RX), np.zeros_like(counts_RX)
-    sent_RX[source] = received_RX[source] = kept_RX[source]
-    counts, quotas = counts_RX - kept_RX, quotas_RX - kept_RX
-    for size in groups:
-        shape = (num_ranks // size, size, num_experts)
-        counts_GX, quotas_GX = counts.reshape(shape), quotas.reshape(shape)
-        counts_end, quotas_end = counts_GX.cumsum(1), quotas_GX.cumsum(1)
-        counts_begin, quotas_begin = counts_end - counts_GX, quotas_end - quotas_GX
-        group, member = source // size, source % size
-        peers = slice(group * size, group * size + size)
-        begin = np.maximum(counts_begin[group, member], quotas_begin[group])
-        overlap = np.minimum(counts_end[group, member], quotas_end[group]) - begin
-        sent_RX[peers] += overlap * (overlap > 0)
-        begin = np.maximum(counts_begin[group], quotas_begin[group, member])
-        overlap = np.minimum(counts_end[group], quotas_end[group, member]) - begin
-        received_RX[peers] += overlap * (overlap > 0)
-        if size < num_ranks:
+
+    def __init__(
+        self,
+        counts_RE: NDArray[np.int64],
+        source: int,
+        experts_X: NDArray[np.int64],
+        row_F: NDArray[np.int64],
+        rank_F: NDArray[np.int64],
+        quota_F: NDArray[np.int64],
+    ) -> None:
+        self.counts_RE, self.source, self.experts_X = counts_RE, source, experts_X
+        self.row_F, self.rank_F = row_F, rank_F
+        # First of all a rank keeps what its own replica may get.
+        self.kept_F = np.minimum(counts_RE[rank_F, experts_X[row_F]], quota_F)
+        self.quota_F = quota_F - self.kept_F
+        self.mine = np.flatnonzero(rank_F == source)
+
+    def match(self, groups: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """What ``source`` sends to each replica, and what its own receive from each rank.
+
+        Args:
+            groups: ranks in each group of near ranks, ascending; the last is all of them. A group
+                is matched by itself before a larger one is.
+
+        Returns:
+            ``[F]``; ``[R, M]``.
+        """
+        mine, source = self.mine, self.source
+        own_X = self.counts_RE[source, self.experts_X]
+        own_X[self.row_F[mine]] -= self.kept_F[mine]
+        theirs_RM = self._left_for_mine()
+        sent_F = np.zeros_like(self.quota_F)
+        sent_F[mine] = self.kept_F[mine]
+        received_RM = np.zeros_like(theirs_RM)
+        received_RM[source] = self.kept_F[mine]
+        begin_X = self._before(0)
+        if len(groups) > 1:
+            size = groups[0]
+            group, first = source // size, source // size * size
+            met_GX = self._met(size)
+            in_group_X = begin_X - self._before(0, until=first)
+            quotas_end_F = self._ends(self.row_F * len(met_GX) + self.rank_F // size)
+            near_F = self.rank_F // size == group
+            sent_F += near_F * _overlap(
+                in_group_X[self.row_F], own_X[self.row_F], quotas_end_F, self.quota_F
+            )
+            counts_end_RM = _by_group(theirs_RM, size)
+            peers = slice(first, first + size)
+            received_RM[peers] += _overlap(
+                counts_end_RM[peers] - theirs_RM[peers], theirs_RM[peers],
+                quotas_end_F[mine], self.quota_F[mine],
+            )  # fmt: skip
             # Both lines are used up from their beginning to where the shorter one ends.
-            met = np.minimum(counts_end[:, -1:], quotas_end[:, -1:])
-            for left, ends, begins in (
-                (counts, counts_end, counts_begin),
-                (quotas, quotas_end, quotas_begin),
-            ):
-                left -= (np.minimum(ends, met) - np.minimum(begins, met)).reshape(left.shape)
-    return sent_RX, received_RX
+            met_X = met_GX[group]
+            begin_X = begin_X - in_group_X - met_GX[:group].sum(0)
+            begin_X += np.maximum(in_group_X, met_X) - met_X
+            own_X = np.maximum(in_group_X + own_X, met_X) - np.maximum(in_group_X, met_X)
+            met_F = met_GX[self.rank_F // size, self.row_F]
+            self.quota_F = _past(quotas_end_F, self.quota_F, met_F)
+            met_RM = met_GX[:, self.row_F[mine]].repeat(size, axis=0)
+            theirs_RM = _past(counts_end_RM, theirs_RM, met_RM)
+        quotas_end_F = self._ends(self.row_F)
+        sent_F += _overlap(begin_X[self.row_F], own_X[self.row_F], quotas_end_F, self.quota_F)
+        received_RM += _overlap(
+            theirs_RM.cumsum(0) - theirs_RM, theirs_RM, quotas_end_F[mine], self.quota_F[mine]
+        )
+        return sent_F, received_RM
+
+    def _before(self, first: int, until: int | None = None) -> NDArray[np.int64]:
+        """``[X]``: what ranks from ``first`` to this one (or ``until``) have not kept."""
+        end = self.source if until is None else until
+        sums_X: NDArray[np.int64] = self.counts_RE[first:end].sum(0)[self.experts_X]
+        there = (self.rank_F >= first) & (self.rank_F < end)
+        np.subtract.at(sums_X, self.row_F[there], self.kept_F[there])
+        return sums_X
+
+    def _left_for_mine(self) -> NDArray[np.int64]:
+        """``[R, M]``: of the experts of this rank's replicas, what every rank has not kept."""
+        place = np.full(len(self.experts_X), -1)
+        rows = self.row_F[self.mine]
+        place[rows] = np.arange(len(rows))
+        left = self.counts_RE[:, self.experts_X[rows]]
+        here = place[self.row_F]
+        siblings = np.flatnonzero(here >= 0)
+        left[self.rank_F[siblings], here[siblings]] -= self.kept_F[siblings]
+        return left
+
+    def _met(self, size: int) -> NDArray[np.int64]:
+        """``[G, X]``: how much of both lines meets within each group."""
+        groups = len(self.counts_RE) // size
+        counts_GX = self.counts_RE.reshape(groups, size, -1).sum(1)[:, self.experts_X]
+        quotas_GX = np.zeros_like(counts_GX)
+        cell = self.rank_F // size, self.row_F
+        np.subtract.at(counts_GX, cell, self.kept_F)
+        np.add.at(quotas_GX, cell, self.quota_F)
+        return np.minimum(counts_GX, quotas_GX)
+
+    def _ends(self, line_F: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``[F]``: where each replica's quota ends on its line, replicas of a line in a row."""
+        end_F = self.quota_F.cumsum()
+        head_F = np.searchsorted(line_F, line_F)
+        ends: NDArray[np.int64] = end_F - (end_F[head_F] - self.quota_F[head_F])
+        return ends
+
+
+def _overlap(
+    begin: NDArray[np.int64],
+    length: NDArray[np.int64],
+    other_end: NDArray[np.int64],
+    other_length: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """How much two intervals have in common."""
+    ends = np.minimum(begin + length, other_end)
+    common: NDArray[np.int64] = ends - np.maximum(begin, other_end - other_length)
+    return np.maximum(common, 0, out=common)
+
+
+def _past(
+    end: NDArray[np.int64], length: NDArray[np.int64], met: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """How much of an interval lies past ``met``."""
+    past: NDArray[np.int64] = np.maximum(end, met) - np.maximum(end - length, met)
+    return past
+
+
+def _by_group(values_RM: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """Running sums over each group of ranks."""
+    shape = values_RM.shape
+    sums: NDArray[np.int64] = values_RM.reshape(shape[0] // size, size, shape[1]).cumsum(1)
+    return sums.reshape(shape)

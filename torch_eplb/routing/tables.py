@@ -128,10 +128,15 @@ class RoutingTables:
                 (layers, experts + 1, CHOICE_LENGTH), bin_id, dtype=torch.int64, device=device
             )
             self.choice_LEP = self.choice_LBP[:, :experts]
+        self._used_L = [max_replicas] * layers  # columns that hold any replica
         self.home_LEM: Tensor | None = None
         if replica_choice == "local" and weight_tokens:
             self.home_LEM = torch.zeros_like(self.slots_LEM)
         self.update(placement, split)
+
+    def host_slots(self, layer: int) -> Tensor:
+        """``[E, M]`` of ``host_slots_LEM``, with no more columns than its experts have replicas."""
+        return self.host_slots_LEM[layer, :, : self._used_L[layer]]
 
     def tensors(self) -> list[Tensor]:
         """All that `update` writes on the device, each memory once."""
@@ -179,6 +184,8 @@ class RoutingTables:
         if not chosen:
             return
         slots = self._live_slots(placement, live, chosen)
+        for layer, used in zip(chosen, (slots >= 0).any(axis=1).sum(axis=1).tolist(), strict=True):
+            self._used_L[layer] = used
         index = torch.tensor(chosen)
         if self.choice_LEP is not None:
             given = None if split is None else split[chosen]
