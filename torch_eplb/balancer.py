@@ -210,6 +210,8 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
     def load(self) -> tuple[np.ndarray, np.ndarray]:
         """This rank's recorded tokens since wrapping; sums over ranks give the whole load.
 
+        Tokens that this rank sent; of layers that hand over ``token_counts``, those that it got.
+
         Returns:
             int64 ``[layers, experts]`` by logical expert, and int64 ``[layers, ranks]`` by the rank
             whose slot was chosen. Waits for the device.

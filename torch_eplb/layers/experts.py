@@ -211,9 +211,13 @@ def _expert_tensor_names(layer: ExpertLayer) -> list[str]:
         names = [
             name
             for name, tensor in found.items()
-            if tensor.dim() and tensor.shape[0] in sizes and not in_norm(module, name)
+            if tensor.dim()
+            and tensor.shape[0] in sizes
+            and not in_norm(module, name)
+            # As many slots as experts, on one rank: what is counted is no expert's.
+            and name != spec.token_counts
         ]
-        refuse_parts(module, where, layer.num_experts, names)
+        refuse_parts(module, where, layer.num_experts, names, spec.token_counts)
         if not names:
             shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in found.items())
             raise ValueError(

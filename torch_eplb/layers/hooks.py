@@ -187,25 +187,29 @@ class Dispatch(BoundToRanks):
         """Physical ids ``[T, K]`` for logical ones of this rank's own tokens; counts them."""
         tables, num_ranks = self.context.tables, self.context.comm.num_ranks
         hits_E = count_hits(ids_TK, self.layer.num_experts)
-        if tables.choice_LBP is not None:
-            physical_TK = choose_from_table(ids_TK, tables.choice_LBP[self.index])
-        else:
-            physical_TK = choose_locally(
-                ids_TK,
-                hits_E,
-                tables.slots_LEM[self.index],
-                num_ranks,
-                tables.num_slots,
-                tables.solver_LEM[self.index],
-                tables.weight_tokens,
-                None if tables.home_LEM is None else tables.home_LEM[self.index],
-            )
+        physical_TK = self._choose_replicas(ids_TK, hits_E)
         ranks_TK = divide(physical_TK, tables.num_slots)
         if counted_T is None:
             self._count(hits_E, count_hits(ranks_TK, num_ranks))
         else:
             self._count_some(ids_TK, ranks_TK, counted_T)
         return physical_TK
+
+    def _choose_replicas(self, ids_TK: torch.Tensor, hits_E: torch.Tensor | None) -> torch.Tensor:
+        """Physical ids ``[T, K]``; ``hits_E`` are the ids' hits, where they are counted anyway."""
+        tables = self.context.tables
+        if tables.choice_LBP is not None:
+            return choose_from_table(ids_TK, tables.choice_LBP[self.index])
+        return choose_locally(
+            ids_TK,
+            count_hits(ids_TK, self.layer.num_experts) if hits_E is None else hits_E,
+            tables.slots_LEM[self.index],
+            self.context.comm.num_ranks,
+            tables.num_slots,
+            tables.solver_LEM[self.index],
+            tables.weight_tokens,
+            None if tables.home_LEM is None else tables.home_LEM[self.index],
+        )
 
     def _count(self, hits_E: torch.Tensor, sent_R: torch.Tensor) -> None:
         """Add to the load: hits by logical expert, and by the rank that computes them."""

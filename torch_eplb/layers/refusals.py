@@ -20,7 +20,11 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 def refuse_parts(
-    module: nn.Module, where: str, num_experts: int, expert_tensors: Sequence[str]
+    module: nn.Module,
+    where: str,
+    num_experts: int,
+    expert_tensors: Sequence[str],
+    token_counts: object = None,
 ) -> None:
     """Refuse an experts module that holds more per expert than its stacked tensors.
 
@@ -29,6 +33,7 @@ def refuse_parts(
         where: its name, for messages.
         num_experts: logical experts E.
         expert_tensors: names of its tensors that are indexed by expert.
+        token_counts: the name of its attribute with tokens per slot, which is none of experts'.
 
     Raises:
         ValueError: names what it found, and the remedy.
@@ -49,6 +54,8 @@ def refuse_parts(
                 f"with experts, name those that do with {_REGISTER}"
             )
         for name, value in vars(part).items():
+            if part is module and name == token_counts:
+                continue
             if name not in _OF_TORCH and _is_per_expert(value, num_experts):
                 raise ValueError(
                     f"layer {where}: its attribute {prefix}{name} ({type(value).__name__}) has an "

@@ -12,12 +12,22 @@ import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-__all__ = ["BoundArguments", "LayerSpec", "find_spec", "register_layer", "skips_sentinel"]
+__all__ = [
+    "BoundArguments",
+    "LayerSpec",
+    "TokenCounts",
+    "find_spec",
+    "register_layer",
+    "skips_sentinel",
+]
+
+TokenCounts: TypeAlias = str | Callable[[nn.Module, Any], torch.Tensor]
+"""Where a layer tells how many tokens each of its slots got; see `register_layer`."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,8 @@ class LayerSpec:
             ``dispatch="all_reduce"`` can mark foreign choices without changing any shape. None:
             transformers' experts, which do in all implementations but the eager loop.
         fused: forward is that of fused gated experts, as `register_layer` says.
+        token_counts: what tells how many tokens each local slot got in a forward: the name of an
+            attribute, or a function of the module and its output. None: ids are counted.
         token_mask: name of forward's argument that tells tokens from padding, or None.
         num_zero_experts: name of the attribute that holds the number of zero-compute experts, or
             None where there are none.
@@ -51,6 +63,7 @@ class LayerSpec:
     num_zero_experts: str | None = None
     needs_two_choices: bool = False
     fused: bool = False
+    token_counts: TokenCounts | None = None
 
 
 # transformers' experts classes, by the names of forward's first three arguments.
@@ -74,6 +87,7 @@ def register_layer(
     token_mask: str | None = None,
     num_zero_experts: str | None = None,
     fused: bool = False,
+    token_counts: TokenCounts | None = None,
 ) -> None:
     """Tell `torch_eplb.wrap` how to balance experts modules of class ``cls`` (and subclasses).
 
@@ -102,11 +116,19 @@ def register_layer(
             has one, and a method ``_apply_gate(gate_up)`` goes before it. With ``has_bias = True``
             there are ``gate_up_proj_bias`` and ``down_proj_bias``. Such experts can be computed
             with grouped matrix products.
+        token_counts: for layers that dispatch by themselves (``dispatch="external"``) and know how
+            many tokens arrived at each slot of this rank (MC2's ``expert_token_nums``): then these
+            are the load, and nothing else counts the layer. The name of an attribute of the module
+            that each forward sets anew (or, if it is a registered buffer, writes in place), or a
+            function ``(module, output)``; it gives an integer tensor ``[S]`` on the module's
+            device, one entry per local slot, not cumulative. It is read after each forward, on the
+            device. No mask can be applied to it.
 
     Raises:
         TypeError: ``cls`` is no nn.Module class.
-        ValueError: its forward has no argument of a given name, or ``skips_sentinel`` and
-            ``num_zero_experts`` both want the id E.
+        ValueError: its forward has no argument of a given name, ``skips_sentinel`` and
+            ``num_zero_experts`` both want the id E, or ``token_counts`` goes with a ``token_mask``
+            or is one of ``tensors``.
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"cls must be a class derived from torch.nn.Module, got {cls!r}")
@@ -127,6 +149,7 @@ def register_layer(
             f"skips_sentinel=True and num_zero_experts={num_zero_experts!r}: the id past the last "
             "expert is either a choice to ignore or a zero-compute expert; leave skips_sentinel out"
         )
+    _check_token_counts(token_counts, token_mask, tensors)
     _registry[cls] = LayerSpec(
         hidden_states,
         expert_ids,
@@ -137,7 +160,31 @@ def register_layer(
         token_mask,
         num_zero_experts,
         fused=fused,
+        token_counts=token_counts,
     )
+
+
+def _check_token_counts(
+    token_counts: TokenCounts | None, token_mask: str | None, tensors: Sequence[str] | None
+) -> None:
+    if token_counts is None:
+        return
+    if not (isinstance(token_counts, str) or callable(token_counts)):
+        raise TypeError(
+            "token_counts must be the name of an attribute or a function of the module and its "
+            f"output, got {type(token_counts).__name__}"
+        )
+    if token_mask is not None:
+        raise ValueError(
+            f"token_mask={token_mask!r} and token_counts={token_counts!r}: which of the tokens "
+            "that arrived are padding is not known. Leave one of them out; a row of padding with "
+            "the expert id -1 goes to no slot"
+        )
+    if tensors is not None and token_counts in tensors:
+        raise ValueError(
+            f"token_counts={token_counts!r} is also one of tensors: what a forward counts does not "
+            "move with an expert; take it out of tensors"
+        )
 
 
 def find_spec(module: nn.Module) -> LayerSpec | None:

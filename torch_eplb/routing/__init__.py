@@ -15,6 +15,7 @@ from torch_eplb.routing.choose import (
 )
 from torch_eplb.routing.costs import split_batch
 from torch_eplb.routing.device import divide, to_device
+from torch_eplb.routing.host import on_host
 from torch_eplb.routing.ids import PADDING, logical_ids, narrow, zero_compute
 from torch_eplb.routing.intervals import (
     DispatchPlan,
@@ -46,6 +47,7 @@ __all__ = [
     "logical_ids",
     "meet",
     "narrow",
+    "on_host",
     "order_by_id",
     "plan_dispatch",
     "solve_quotas",

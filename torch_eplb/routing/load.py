@@ -22,6 +22,9 @@ MAX_SAMPLES = 32
 class LoadCounters:
     """Tokens routed by this rank since wrapping, per logical expert and per destination rank.
 
+    Of layers that hand over what arrived (`add_arrived`) they are the tokens that this rank got,
+    and the destination is this rank. Either way the sum over ranks is the whole load.
+
     Attributes:
         values: int64 ``[layers, experts + ranks]`` on the device; written in place only. The first
             ``experts`` columns count tokens by logical expert, the rest by the rank whose slot was
@@ -56,6 +59,25 @@ class LoadCounters:
             experts, ranks = self._experts[layer], self._ranks[layer]
         self._add(experts, hits_E)
         self._add(ranks, sent_R)
+
+    def add_arrived(
+        self, layer: int, counts_S: torch.Tensor, experts_S: torch.Tensor, rank: int
+    ) -> None:
+        """Count what arrived at one layer in one batch.
+
+        Args:
+            layer: its index.
+            counts_S: integers ``[slots]``, tokens that each slot of this rank got.
+            experts_S: int64 ``[slots]``, the slots' logical experts.
+            rank: this rank.
+        """
+        row = self.values[layer]
+        dtype = count_dtype(row)
+        counts_S = counts_S.to(dtype)
+        here = self.num_experts + rank
+        arrived = row.new_zeros(len(row), dtype=dtype).scatter_add_(0, experts_S, counts_S)
+        arrived[here : here + 1] = counts_S.sum(0, keepdim=True, dtype=dtype)
+        self._add(row, arrived)
 
     def _add(self, counters: torch.Tensor, counts: torch.Tensor) -> None:
         dtype = count_dtype(counters)

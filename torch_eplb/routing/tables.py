@@ -52,6 +52,7 @@ class RoutingTables:
             far as the shares allow when every rank sends equally much. The choice then depends on
             the rank, so ranks that share the same tokens (all-reduce dispatch) must not set it.
         weight_tokens: W of `torch_eplb.routing.costs`, for ``"batch"`` and ``"local"``.
+        keep_experts: also keep ``experts_LS``.
 
     Attributes:
         slots_LEM: int64, the physical ids of an expert's live replicas, one per rank, padded with
@@ -65,6 +66,7 @@ class RoutingTables:
             (`torch_eplb.routing.ids`): it holds R * S throughout.
         home_LEM: int64, for ``"local"`` with ``weight_tokens``, or None: 1 at one replica of each
             expert in ``slots_LEM``, the same on all ranks, so that ranks have equally many.
+        experts_LS: int64 ``[layers, slots]``, the logical experts of this rank's slots, or None.
 
     >>> placement = Placement(np.array([[[0, 1], [2, 0]]]), 3)
     >>> tables = RoutingTables(placement, device="cpu", rank=0, replica_choice="even",
@@ -87,6 +89,7 @@ class RoutingTables:
         split: NDArray[np.float64] | None = None,
         prefer_local: bool = False,
         weight_tokens: int = 0,
+        keep_experts: bool = False,
     ) -> None:
         if replica_choice not in REPLICA_CHOICES:
             raise ValueError(
@@ -132,6 +135,11 @@ class RoutingTables:
         self.home_LEM: Tensor | None = None
         if replica_choice == "local" and weight_tokens:
             self.home_LEM = torch.zeros_like(self.slots_LEM)
+        self.experts_LS: Tensor | None = None
+        if keep_experts:
+            self.experts_LS = torch.zeros(
+                (layers, self.num_slots), dtype=torch.int64, device=device
+            )
         self.update(placement, split)
 
     def host_slots(self, layer: int) -> Tensor:
@@ -147,6 +155,8 @@ class RoutingTables:
             tables.append(self.choice_LBP)
         if self.home_LEM is not None:
             tables.append(self.home_LEM)
+        if self.experts_LS is not None:
+            tables.append(self.experts_LS)
         return tables
 
     def update(
@@ -200,6 +210,9 @@ class RoutingTables:
         if self.home_LEM is not None:
             homes = [self._homes(layer) for layer in slots]
             self._write(self.home_LEM, index, np.stack(homes))
+        if self.experts_LS is not None:
+            held = placement.experts[chosen, self.rank]
+            self._write(self.experts_LS, index, held.astype(np.int64))
 
     def _homes(self, slots_EM: NDArray[np.int64]) -> NDArray[np.int64]:
         """Of slots in the order of preference, 1 at one replica of each expert."""

@@ -119,6 +119,7 @@ class Engine(BoundToRanks):
     def _make_parts(self, setup: Setup) -> None:
         """All that may fail on one rank alone: memory, files. The model is not touched yet."""
         config, comm, placement = setup.config, setup.comm, setup.placement
+        counts_arrivals = any(layer.spec.token_counts is not None for layer in self.layers)
         with torch.inference_mode(False):
             self._counters = LoadCounters(
                 placement.num_layers, placement.num_experts, comm.num_ranks, comm.device
@@ -133,12 +134,17 @@ class Engine(BoundToRanks):
                 topology=setup.topology,
                 prefer_local=not config.dispatch_kind.shares_tokens,
                 weight_tokens=setup.weight_tokens,
+                keep_experts=counts_arrivals,
             )
         self.written = [*self._tables.tensors(), *self._counters.tensors()]
         self.exchange = Exchange(self.layers, comm, setup.staging_bytes, config.verify)
         if config.record_path is not None:
             self._recorder = StepRecorder(
-                str(config.record_path), comm, self._counters, config.dispatch_kind
+                str(config.record_path),
+                comm,
+                self._counters,
+                config.dispatch_kind,
+                knows_sources=not counts_arrivals,
             )
         map_writer = None
         if config.record_map_path is not None and comm.rank == 0:

@@ -195,6 +195,12 @@ def _inspect(
                 f"layer {layer.name}: its forward takes no expert weights, so only "
                 'dispatch="external" can balance it'
             )
+        if layer.spec.token_counts is not None and config.dispatch_kind.communicates:
+            raise ValueError(
+                f"layer {layer.name}: its class is registered with token_counts="
+                f'{layer.spec.token_counts!r}, which is for dispatch="external"; with '
+                f"dispatch={config.dispatch!r} tokens are brought to it and counted: leave it out"
+            )
         if config.experts == "grouped":
             where = device_of(group) if device.type == "meta" else device
             reason = why_not(layer.module, layer.spec.fused, config.experts, where)
@@ -363,4 +369,6 @@ def _describe(model: nn.Module, inspected: _Inspected) -> dict[str, str]:
     }
     for layer in inspected.layers:
         description[f"layer {layer.name}"] = f"{layer.num_experts} experts, {layer.layout()}"
+        counts = layer.spec.token_counts
+        description[f"token counts of {layer.name}"] = getattr(counts, "__qualname__", repr(counts))
     return description

@@ -114,6 +114,8 @@ class StepRecorder:
         comm: gives the control plane.
         counters: the load counters.
         dispatch: where all ranks hold the same tokens, one rank is the source.
+        knows_sources: counters are of tokens that ranks sent. Else (some layer counts what arrived)
+            the sum over ranks is written, as of one source.
 
     Attributes:
         failures: steps that could not be written.
@@ -123,11 +125,17 @@ class StepRecorder:
     """
 
     def __init__(
-        self, path: str, comm: Communicator, counters: LoadCounters, dispatch: DispatchKind
+        self,
+        path: str,
+        comm: Communicator,
+        counters: LoadCounters,
+        dispatch: DispatchKind,
+        knows_sources: bool = True,
     ) -> None:
         self._comm = comm
         self._counters = counters
-        self._sources = 1 if dispatch.shares_tokens else comm.num_ranks
+        self._knows_sources = knows_sources
+        self._sources = 1 if dispatch.shares_tokens or not knows_sources else comm.num_ranks
         layers = counters.values.shape[0]
         self._previous = torch.zeros((layers, counters.num_experts), dtype=torch.int64)
         self._pending: deque[tuple[torch.Tensor, dist.Work | None]] = deque()
@@ -163,6 +171,8 @@ class StepRecorder:
             self._comm.wait_for(work, "recording the load")
             self._pending.popleft()
             if self._writer is not None and bool(gathered.any()):
+                if not self._knows_sources:
+                    gathered = gathered.sum(0, keepdim=True)
                 self._write(self._writer, gathered[: self._sources].numpy())
 
     def _write(self, writer: TraceWriter, counts: NDArray[np.int64]) -> None:
