@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import signal
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -155,6 +157,48 @@ def derivatives(rank: int, world_size: int) -> None:
 
 def test_gradients_are_the_cpus() -> None:
     run_on_npus(derivatives, 1)
+
+
+def graphs(rank: int, world_size: int) -> None:
+    x = torch.ones(4, device="npu")
+    y = x * 2  # makes what is made at the first call
+    torch.npu.synchronize()
+    graph = torch.npu.NPUGraph()
+    with torch.npu.graph(graph):
+        y = x * 2
+    control.delay("kernels", (20.0, 20.0))
+    for number in range(3):
+        x.fill_(number)
+        graph.replay()
+        assert y.tolist() == [2.0 * number] * 4
+
+    def elsewhere() -> None:
+        thread = threading.Thread(target=lambda: refused(x.cpu))
+        thread.start()
+        thread.join()
+
+    errors: list[str] = []
+
+    def refused(copy: Callable[[], Any]) -> None:
+        try:
+            copy()
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    for copy in (lambda: refused(x.sum().item), lambda: x.copy_(torch.zeros(4)), elsewhere):
+        with pytest.raises(RuntimeError):
+            capture(copy)
+    assert len(errors) == 2
+    assert all("1070" in error for error in errors)  # of the codes about captures
+
+
+def capture(work: Callable[[], Any]) -> None:
+    with torch.npu.graph(torch.npu.NPUGraph()):
+        work()
+
+
+def test_graphs_are_replayed_and_no_thread_may_copy_while_one_is_captured() -> None:
+    run_on_npus(graphs, 1, delays=False)
 
 
 # ---- HCCL ---------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ struct Graph {
   };
   std::vector<Node> nodes;
   aclrtStream origin = nullptr;
+  // What torch_npu knows it by, from the beginning on.
+  GraphPointer* handle = nullptr;
   aclmdlRICaptureMode mode = ACL_MODEL_RI_CAPTURE_MODE_GLOBAL;
   std::thread::id owner;
   aclError error = ACL_SUCCESS;
@@ -99,6 +101,7 @@ aclError aclmdlRICaptureBegin(aclrtStream stream, aclmdlRICaptureMode mode) {
   graph->origin = stream;
   graph->mode = mode;
   graph->owner = std::this_thread::get_id();
+  graph->handle = new sim::GraphPointer(graph);
   sim::captured[stream] = graph;
   return ACL_SUCCESS;
 }
@@ -110,7 +113,7 @@ aclError aclmdlRICaptureGetInfo(aclrtStream stream, aclmdlRICaptureStatus* statu
   *status = graph == nullptr            ? ACL_MODEL_RI_CAPTURE_STATUS_NONE
             : graph->error != ACL_SUCCESS ? ACL_MODEL_RI_CAPTURE_STATUS_INVALIDATED
                                           : ACL_MODEL_RI_CAPTURE_STATUS_ACTIVE;
-  if (handle != nullptr) *handle = graph.get();
+  if (handle != nullptr) *handle = graph == nullptr ? nullptr : graph->handle;
   return ACL_SUCCESS;
 }
 
@@ -122,8 +125,11 @@ aclError aclmdlRICaptureEnd(aclrtStream stream, aclmdlRI* handle) {
   for (auto it = sim::captured.begin(); it != sim::captured.end();) {
     it = it->second == graph ? sim::captured.erase(it) : std::next(it);
   }
-  if (graph->error != ACL_SUCCESS) return graph->error;
-  *handle = new sim::GraphPointer(graph);
+  if (graph->error != ACL_SUCCESS) {
+    delete graph->handle;
+    return graph->error;
+  }
+  *handle = graph->handle;
   return ACL_SUCCESS;
 }
 
