@@ -16,6 +16,12 @@ def test_the_main_job_balances_a_trained_model_and_its_tokens_are_equal(tmp_path
     assert len(pictures) == 2, pictures
 
 
+def test_a_layer_that_dispatches_with_mc2_is_balanced_by_what_it_counts() -> None:
+    output = run("examples/ascend_mc2.py")
+    assert re.search(r"steps on cpu with the stand-in: \d+ rebalances moved [1-9]", output), output
+    assert "outputs equal the unwrapped model's" in output
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
