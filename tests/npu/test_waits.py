@@ -26,12 +26,23 @@ READS = {
         "layers/all_to_all.py:_choose_together",
         "layers/all_to_all.py:_plan",
     ],
+    ("all_to_all", "local", "FewKernelExperts"): ["layers/all_to_all.py:_plan"],
     ("all_to_all", "table", "FewKernelExperts"): ["layers/all_to_all.py:_plan"],
+    ("all_to_all", "even", "FewKernelExperts"): ["layers/all_to_all.py:_plan"],
+    ("all_gather", "table", "FewKernelExperts"): ["routing/rows.py:arrivals"],
+    ("all_gather", "table", "SentinelExperts"): [],
+    ("all_gather", "even", "SentinelExperts"): [],
+    ("all_reduce", "batch", "SentinelExperts"): [],
     ("all_reduce", "table", "FewKernelExperts"): ["routing/rows.py:arrivals"],
     ("all_reduce", "table", "SentinelExperts"): [],
+    ("all_reduce", "even", "SentinelExperts"): [],
+    ("external", "local", "ExternalExperts"): [],
     ("external", "table", "ExternalExperts"): [],
     ("external", "even", "ExternalExperts"): [],
 }
+
+# Replica choices that solve quotas on the device, which is never the default there.
+SOLVED = [("all_to_all", "local"), ("all_reduce", "batch"), ("external", "local")]
 
 # Ascend's cores have no kernels for these with 64-bit integers; they run on its AI CPU.
 SLOW_IN_64_BITS = {
@@ -49,6 +60,8 @@ SLOW_IN_64_BITS = {
 
 def count(rank: int, world_size: int, dispatch: str, choice: str, experts: str) -> None:
     options: dict[str, Any] = {"dispatch": dispatch, "replica_choice": choice}
+    if dispatch == "all_gather":
+        options["max_tokens_per_rank"] = 8
     model, _ = make(experts)
     balancer = torch_eplb.wrap(model, num_redundant_experts=4, **options)
     x = skewed_batch(8, HIDDEN, 0 if dispatch == "all_reduce" else rank).npu()
@@ -60,7 +73,7 @@ def count(rank: int, world_size: int, dispatch: str, choice: str, experts: str) 
     places = [wait.partition(" in ")[2] for wait in waits if not wait.startswith("copy")]
     assert places == 2 * READS[dispatch, choice, experts]
     slow = {name for name, dtype in operators if dtype is torch.int64 and name in SLOW_IN_64_BITS}
-    assert not slow
+    assert not slow or (dispatch, choice) in SOLVED
 
 
 @pytest.mark.parametrize(("dispatch", "choice", "experts"), READS)
