@@ -3,6 +3,7 @@
     python tests/mutations                     # all of them, and the table of who catches what
     python tests/mutations --sample 8          # some, others on every day
     python tests/mutations lost-agreement      # those whose names contain this
+    python tests/mutations --npu               # those that only a device shows; tox -e npu does it
 
 Each fault is planted in a copy of the tree, so the tree itself is never touched and several can be
 tried at once. A fault is caught when a test fails; tests that cannot even be collected catch
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from planted import FAULTS, ROOT, Fault
+from planted_on_devices import FAULTS_ON_DEVICES
 
 LIMIT_SECONDS = 300.0
 _TESTS_FAILED = 1  # pytest's exit status
@@ -56,7 +58,8 @@ def try_out(fault: Fault) -> Outcome:
         copy_tree(tree)
         fault.plant(tree)
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=line"]
-        environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+        path = os.pathsep.join((str(tree), str(tree / "tests")))
+        environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
         try:
             result = subprocess.run(
                 [*command, "-p", "no:cacheprovider", *fault.tests],
@@ -89,8 +92,12 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="parts of the names of faults; all by default")
     parser.add_argument("--sample", type=int, help="try only so many, drawn by the day")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="faults at once")
+    parser.add_argument("--npu", action="store_true", help="faults that only a device shows")
     options = parser.parse_args()
-    chosen = [f for f in FAULTS if not options.names or any(n in f.name for n in options.names)]
+    if options.npu and "TORCH_EPLB_NPU_SIM" not in os.environ:
+        parser.error("--npu needs torch_npu on a simulated CANN: python -m tox -e npu")
+    faults = FAULTS_ON_DEVICES if options.npu else FAULTS
+    chosen = [f for f in faults if not options.names or any(n in f.name for n in options.names)]
     if not chosen:
         parser.error(f"no fault has a name with any of {', '.join(options.names)}")
     if options.sample is not None and options.sample < len(chosen):

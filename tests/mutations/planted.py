@@ -278,6 +278,20 @@ FAULTS = (
         "routing/test_choose.py",
     ),
     _fault(
+        "arrivals-counted-for-the-expert-before",
+        "routing/tables.py",
+        "            self._write(self.experts_LS, index, held.astype(np.int64))",
+        "            pass",
+        "distributed/test_token_counts.py",
+    ),
+    _fault(
+        "stale-token-counts",
+        "layers/external.py",
+        "        if stale and name not in module._buffers:",
+        "        if False:",
+        "layers/test_token_counts.py",
+    ),
+    _fault(
         "drained-slots-get-tokens",
         "routing/tables.py",
         "            position, physical, expert = position[kept], physical[kept], expert[kept]",

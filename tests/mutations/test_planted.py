@@ -12,9 +12,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # where `python tests/mutations` finds it, too
 
 from planted import FAULTS, ROOT, Fault
+from planted_on_devices import FAULTS_ON_DEVICES
+
+ALL = FAULTS + FAULTS_ON_DEVICES
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+@pytest.mark.parametrize("fault", ALL, ids=lambda fault: fault.name)
 def test_a_fault_can_be_planted_and_its_tests_exist(fault: Fault, tmp_path: Path) -> None:
     (tmp_path / "torch_eplb" / fault.file).parent.mkdir(parents=True)
     target = tmp_path / "torch_eplb" / fault.file
@@ -29,5 +32,5 @@ def test_a_fault_can_be_planted_and_its_tests_exist(fault: Fault, tmp_path: Path
 
 
 def test_names_are_their_own() -> None:
-    names = [fault.name for fault in FAULTS]
+    names = [fault.name for fault in ALL]
     assert len(set(names)) == len(names) >= 40

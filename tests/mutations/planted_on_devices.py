@@ -1,0 +1,97 @@
+"""Faults that only a device shows: something is read, sent or asked for before it is there.
+
+On a CPU everything happens in the order of the program, so their tests run on the simulated NPU,
+where copies, kernels and transfers are held up: `python tests/mutations --npu`, in the environment
+of ``tox -e npu``.
+"""
+
+from __future__ import annotations
+
+from planted import Fault
+
+__all__ = ["FAULTS_ON_DEVICES"]
+
+
+def _fault(name: str, file: str, before: str, after: str, *tests: str) -> Fault:
+    return Fault(name, file, before, after, tuple(f"tests/npu/{test}" for test in tests))
+
+
+FAULTS_ON_DEVICES = (
+    _fault(
+        "sent-before-the-current-stream-has-written",
+        "migration/exchange.py",
+        "    stream.wait_stream(module.current_stream(device))\n",
+        "",
+        "test_order.py::test_what_is_sent_are_the_weights_that_the_current_stream_has_written",
+    ),
+    _fault(
+        "committed-before-it-is-received",
+        "comm/transport.py",
+        "        if all(completed):\n"
+        "            return True\n"
+        "        if time.monotonic() > self._deadline:\n"
+        "            raise self._overdue()\n"
+        "        return False\n\n"
+        "    def synchronize(self) -> None:\n"
+        "        for work in self._works:\n"
+        "            work.wait()\n",
+        "        return True\n",
+        "test_order.py::test_a_commit_comes_after_what_is_received",
+    ),
+    _fault(
+        "committed-before-the-side-stream-has-copied",
+        "migration/exchange.py",
+        "            device_module.current_stream(self._comm.device).wait_stream(self._stream)\n",
+        "",
+        "test_order.py::test_a_commit_comes_after_the_copies_of_the_side_stream",
+    ),
+    _fault(
+        "checksum-read-before-its-event",
+        "migration/exchange.py",
+        "        return self._check[1].query()",
+        "        return True",
+        "test_order.py::test_a_checksum_is_read_when_it_has_arrived",
+    ),
+    _fault(
+        "window-read-before-its-copies",
+        "routing/load.py",
+        "        return self._event is None or self._event.query()",
+        "        return True",
+        "test_order.py::test_a_window_of_load_is_read_when_its_copies_have_arrived",
+    ),
+    _fault(
+        "host-table-not-updated-with-the-devices",
+        "routing/tables.py",
+        "            self._write(self.host_slots_LEM, index, slots)",
+        "            pass",
+        "test_order.py::test_the_hosts_table_changes_with_the_devices",
+    ),
+    _fault(
+        "no-warm-up-on-a-device",
+        "comm/communicator.py",
+        "        self._warm_up()\n",
+        "",
+        "test_order.py::test_the_communicator_of_weights_exists_when_wrap_returns",
+    ),
+    _fault(
+        "steps-while-a-graph-is-captured",
+        "runtime/engine.py",
+        "        if capturing(self.comm.device):\n            return  # no step is made\n",
+        "",
+        "test_order.py::test_no_step_is_made_while_a_graph_is_captured_and_replays_see_the_moves",
+    ),
+    _fault(
+        "gloo-sends-before-the-copy-to-the-host",
+        "comm/transport.py",
+        "        if self._inner is None and self._sent.query():",
+        "        if self._inner is None:",
+        "test_order.py::test_weights_through_the_hosts_memory_wait_for_its_copies",
+    ),
+    _fault(
+        "copies-from-pageable-memory",
+        "routing/device.py",
+        "    return tensor.pin_memory().to(device, non_blocking=True)",
+        "    return tensor.to(device, non_blocking=True)",
+        "test_waits.py::test_a_table_update_neither_waits_nor_overtakes_the_one_before",
+    ),
+)
