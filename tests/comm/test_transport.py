@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from support.models import ToyModel
 from support.ranks import run_ranks
 
 import torch_eplb
 from torch_eplb.comm import transport
+from torch_eplb.comm.communicator import make_communicator
+from torch_eplb.testing import fake_process_group
 
 
 class Late:
@@ -59,6 +62,16 @@ def test_what_has_failed_is_complete_and_not_finished(works: list[Late]) -> None
     works[1].done = True  # the other one is still under way
     with pytest.raises(RuntimeError, match=r"round 3 failed: .*remote error"):
         transfer.finished()
+
+
+def test_the_host_waits_for_no_token_on_a_device() -> None:
+    # A time limit would make it wait until the kernel is done (NCCL); `Late` takes none.
+    with fake_process_group(2) as group:
+        comm = make_communicator(group, torch.device("cuda", 0), 10.0)
+        work: Any = Late()
+        comm.wait_in_line(work)
+        comm.close()
+    assert work.waited == 1
 
 
 @dataclass

@@ -68,6 +68,13 @@ FAULTS = (
         "comm",
     ),
     _fault(
+        "tokens-on-a-device-waited-for-by-the-host",
+        "comm/communicator.py",
+        '        if self.device.type == "cpu":\n            self.wait_for(work, what)',
+        "        if True:\n            self.wait_for(work, what)",
+        "comm",
+    ),
+    _fault(
         "no-warm-up",
         "comm/communicator.py",
         "        self._warm_up()\n",

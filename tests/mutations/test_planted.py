@@ -26,9 +26,23 @@ def test_a_fault_can_be_planted_and_its_tests_exist(fault: Fault, tmp_path: Path
     ast.parse(target.read_text())
     assert fault.tests
     for test in fault.tests:
-        path, _, name = test.partition("::")
+        path, _, name = test.partition("[")[0].partition("::")
         assert (ROOT / path).exists(), test
         assert f"def {name}(" in (ROOT / path).read_text() if name else True, test
+
+
+def test_the_page_on_devices_names_the_test_of_each_fault() -> None:
+    rows = [line for line in (ROOT / "docs/devices.md").read_text().splitlines() if "::" in line]
+    told = {}
+    for row in rows:
+        *_, tests, fault = (cell.strip() for cell in row.strip("|").split("|"))
+        path, _, name = tests.strip("`").partition("::")
+        assert f"def {name}(" in (ROOT / path).read_text(), row
+        told[fault] = tests.strip("`")
+    known = {fault.name: fault for fault in ALL}
+    assert set(told) - {""} <= set(known)
+    for fault in FAULTS_ON_DEVICES:
+        assert told[fault.name] in [test.partition("[")[0] for test in fault.tests], fault.name
 
 
 def test_names_are_their_own() -> None:

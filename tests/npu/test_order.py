@@ -227,3 +227,28 @@ def moved_to_host(rank: int, world_size: int) -> None:
 
 def test_weights_through_the_hosts_memory_wait_for_its_copies() -> None:
     run_on_npus(moved_to_host, 2, delays=False)
+
+
+def in_batches(rank: int, world_size: int) -> int:
+    model, plain = make()
+    balancer = wrap(model, verify=True)
+    move(balancer, balancer.placement.experts[:, ::-1])  # three tensors and a checksum per expert
+    assert_weights(balancer, plain)
+    return control.repeated_messages()
+
+
+def test_no_batch_has_two_messages_from_one_rank_to_another() -> None:
+    # Below CANN 9 a batch is one HcclBatchSendRecv, which may not.
+    assert run_on_npus(in_batches, 2, delays=False, coalesced=False) == [0, 0]
+
+
+def patient(rank: int, world_size: int) -> float:
+    model, _ = make()
+    balancer = wrap(model)
+    backend = balancer.engine.comm.data._get_backend(torch.device("npu"))
+    return backend.options._timeout.total_seconds() / balancer.engine.comm.timeout
+
+
+def test_the_watchdog_of_weights_waits_much_longer_than_we_do() -> None:
+    # It ends the process; we look at the transfers ourselves, and give them up.
+    assert run_on_npus(patient, 2, delays=False) == [10.0, 10.0]
