@@ -115,7 +115,10 @@ def decode(
         else:
             balancer.step()  # a replay runs no Python: the step is counted here, on every rank
             y = run()
-        worst = max(worst, (y.cpu().float() - plain(tokens.float())).abs().max().item())
+        # With what the routers chose: in bfloat16 a near tie may be decided either way.
+        chosen = [(weights.cpu(), ids.cpu()) for weights, ids in balancer.module.chosen]
+        expected = plain(tokens.float(), chosen)
+        worst = max(worst, (y.cpu().float() - expected).abs().max().item())
         steps, stats = steps + 1, balancer.stats()
     return worst, steps
 
@@ -245,12 +248,17 @@ class PlainExperts(MC2Experts):
 
 
 class Model(nn.Module):
-    """Residual MoE layers. Without ``mc2`` it is the model that outputs are compared with."""
+    """Residual MoE layers. Without ``mc2`` it is the model that outputs are compared with.
+
+    Attributes:
+        chosen: the routers' weights and ids of the last forward; in a graph, of the last replay.
+    """
 
     def __init__(self, args: argparse.Namespace, mc2: MC2 | None) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.top_k = args.top_k
+        self.chosen: list[tuple[Tensor, Tensor]] = []
         kind: Any = MC2Experts if mc2 is not None else PlainExperts
         self.routers = nn.ModuleList(
             nn.Linear(args.hidden, args.experts, bias=False) for _ in range(LAYERS)
@@ -259,9 +267,12 @@ class Model(nn.Module):
             kind(args.experts, args.hidden, args.width, mc2) for _ in range(LAYERS)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        for router, experts in zip(self.routers, self.experts, strict=True):
-            weights, ids = router(x).float().softmax(-1).topk(self.top_k, dim=-1)
+    def forward(self, x: Tensor, chosen: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+        self.chosen = [] if chosen is None else chosen
+        for number, (router, experts) in enumerate(zip(self.routers, self.experts, strict=True)):
+            if chosen is None:
+                self.chosen.append(router(x).float().softmax(-1).topk(self.top_k, dim=-1))
+            weights, ids = self.chosen[number]
             x = x + experts(x, ids, weights)
         return x
 
