@@ -248,7 +248,8 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         # DistributedDataParallel reads it from the module that it is given.
-        return [f"module.{name}" for name in self.engine.guards.expert_names]
+        ignored = getattr(self.module, "_ddp_params_and_buffers_to_ignore", ())
+        return [f"module.{name}" for name in ignored]
 
     def register_rebalance_hook(self, hook: Callable[[CommittedRound], None]) -> RemovableHandle:
         """Call ``hook(committed)`` after every committed round, on every rank.

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.models import QUICK, ToyModel, skewed_batch
+import torch.distributed.checkpoint as dcp
+from support.models import QUICK, SMALL, ToyModel, TwoTowers, skewed_batch
+from support.moving import assert_same
 from support.ranks import preload, run_ranks
 
 import torch_eplb
+from torch_eplb import ShardedState
 
 preload("transformers.models.qwen3_moe.modeling_qwen3_moe")
 
@@ -72,6 +77,146 @@ def test_ranks_in_different_models_are_told_on_every_rank_before_a_token_travels
     for said in run_ranks(serve_in_another_order, 2, experts, overlap):
         assert "rank 0 in layer 0 of ToyModel (number 0), step 1" in said
         assert "rank 1 in layer 0 of ToyModel (number 1), step 1" in said
+
+
+def towers_in_parts(rank: int, world_size: int, folder: str) -> None:
+    model, reference = TwoTowers(), TwoTowers()
+    options: Any = {**QUICK, "allow_training_with_moves": True}
+    text = torch_eplb.wrap(model, layers=["text.*"], **options)
+    options["num_redundant_experts"] = 2
+    vision = torch_eplb.wrap(model, layers=["vision.*"], **options)
+    with pytest.raises(ValueError, match=r"text\.layers\.0\.experts is wrapped already.*layers="):
+        torch_eplb.wrap(model)
+    balancers = [text, vision]
+    ignored = model._ddp_params_and_buffers_to_ignore
+    assert {name.partition(".")[0] for name in ignored} == {"text", "vision"}
+    assert text._ddp_params_and_buffers_to_ignore == [f"module.{name}" for name in ignored]
+
+    def serve() -> None:
+        """Until both have moved experts again, a round of the one may be under way."""
+        wanted = [balancer.stats().rebalances + 1 for balancer in balancers]
+        for step in range(20000):
+            x = skewed_batch(6, 16, 10 * step + rank)
+            image = skewed_batch(6, 16, 10 * step + 5 + rank) if step % 3 else None
+            torch.testing.assert_close(model(x, image), reference(x, image), atol=1e-5, rtol=1e-4)
+            now = [balancer.stats().rebalances for balancer in balancers]
+            if all(n >= least for n, least in zip(now, wanted, strict=True)):
+                return
+        raise AssertionError("the experts never moved")
+
+    with torch.no_grad():
+        serve()
+        assert text.stats().step > vision.stats().step  # which counts its own forwards
+        for balancer in balancers:
+            assert_same(balancer.state_dict(), reference.state_dict())
+        for seed, which in ((5, 1), (9, 0)):
+            reference = TwoTowers(seed=seed)
+            balancers[which].load_state_dict(reference.state_dict())
+            serve()
+        dcp.save({"model": ShardedState(text)}, checkpoint_id=folder)
+        saved, reference = reference, TwoTowers(seed=13)
+        text.load_state_dict(reference.state_dict())
+        serve()
+        dcp.load({"model": ShardedState(vision)}, checkpoint_id=folder)
+        reference = saved
+        serve()
+        # One rank's state does not fit: every rank is told, and nothing is written.
+        wrong = TwoTowers(seed=21).state_dict()
+        if rank == 1:
+            del wrong["vision.layers.1.router.weight"]
+        with pytest.raises(RuntimeError, match=r"rank 1: missing key 'vision\.layers\.1\.router"):
+            text.load_state_dict(wrong)
+        text.unwrap()
+        assert model._ddp_params_and_buffers_to_ignore == vision.engine.guards.expert_names
+        assert_same(text.state_dict(), reference.state_dict())
+        vision.close()
+        assert_same(text.state_dict(), reference.state_dict())
+        del vision, balancer
+        balancers.clear()
+        gc.collect()
+        assert_same(text.state_dict(), reference.state_dict())
+
+
+def test_parts_of_a_model_are_balanced_by_themselves_and_saved_and_loaded_as_one(
+    tmp_path: Path,
+) -> None:
+    run_ranks(towers_in_parts, 2, str(tmp_path))
+
+
+def towers_in_place(rank: int, world_size: int) -> None:
+    model, reference = TwoTowers(), TwoTowers()
+    model.text = torch_eplb.wrap(model.text, **QUICK)
+    model.vision = torch_eplb.wrap(model.vision, **{**QUICK, "num_redundant_experts": 2})
+    for seed in (5, 9):
+        with torch.no_grad():
+            wanted = [part.stats().rebalances + 1 for part in (model.text, model.vision)]
+            step = 0
+            while any(
+                part.stats().rebalances < least
+                for part, least in zip((model.text, model.vision), wanted, strict=True)
+            ):
+                x, image = (skewed_batch(6, 16, 100 * step + 10 * i + rank) for i in (0, 1))
+                torch.testing.assert_close(
+                    model(x, image), reference(x, image), atol=1e-5, rtol=1e-4
+                )
+                step += 1
+        assert_same(model.state_dict(), reference.state_dict())
+        reference = TwoTowers(seed=seed)
+        keys = model.load_state_dict(reference.state_dict())
+        assert not keys.missing_keys
+        assert not keys.unexpected_keys
+        assert_same(model.state_dict(), reference.state_dict())
+    model.text.close()
+    model.vision.close()
+
+
+def test_parts_that_were_wrapped_by_themselves_have_the_models_state_dict() -> None:
+    run_ranks(towers_in_place, 2)
+
+
+def choose_apart(rank: int, world_size: int) -> None:
+    with pytest.raises(ValueError, match=r"layers.*rank 0.*text.*rank 1.*vision"):
+        torch_eplb.wrap(TwoTowers(), layers=["vision.*" if rank else "text.*"])
+    # One function, and what it chooses differs.
+    with pytest.raises(ValueError, match=r"text\.layers\.1\.experts"):
+        torch_eplb.wrap(
+            TwoTowers(),
+            layers=lambda name, module: name.startswith("text") and str(rank) not in name,
+        )
+
+
+def test_ranks_that_choose_other_layers_are_told() -> None:
+    run_ranks(choose_apart, 2)
+
+
+def saving_is_refused_until_the_last(rank: int, world_size: int, folder: str) -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**SMALL, num_experts=8, moe_intermediate_size=16, head_dim=8)
+    ).eval()
+    reference = copy.deepcopy(model).state_dict()
+    first, second = (
+        torch_eplb.wrap(model, layers=[f"*.{layer}.mlp.experts"], **QUICK) for layer in (0, 1)
+    )
+    first.unwrap()
+    with pytest.raises(torch_eplb.EPLBError, match=r"balancer\.save_pretrained"):
+        model.save_pretrained(folder)
+    second.save_pretrained(folder)
+    ids = torch.arange(8)[None] + rank
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    parts = [torch_eplb.wrap(empty, layers=[f"*.{layer}.mlp.experts"]) for layer in (0, 1)]
+    torch_eplb.load_pretrained(parts[1], folder)
+    with torch.no_grad():
+        torch.testing.assert_close(empty(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-4)
+    assert_same(parts[0].state_dict(), reference)
+    second.unwrap()
+    model.save_pretrained(f"{folder}/{rank}")
+
+
+def test_a_model_in_parts_is_saved_and_loaded_whole_by_transformers(tmp_path: Path) -> None:
+    run_ranks(saving_is_refused_until_the_last, 2, str(tmp_path))
 
 
 def assisted(rank: int, world_size: int) -> None:

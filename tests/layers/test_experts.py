@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.models import Experts, ToyModel
+from support.models import Experts, ToyModel, TwoTowers
 from torch import nn
 
-from torch_eplb.layers.experts import ExpertLayer, byte_view, find_layers
+from torch_eplb.layers.experts import ExpertLayer, LayerChoice, byte_view, find_layers
 from torch_eplb.layers.spec import BoundArguments, LayerSpec, find_spec, register_layer
 
 
@@ -30,6 +30,35 @@ def test_unequal_numbers_of_experts_are_named() -> None:
     model = nn.ModuleList([ToyModel(1, 4), ToyModel(1, 8)])
     with pytest.raises(ValueError, match=r"0\.layers\.0\.experts: 4, 1\.layers\.0\.experts: 8"):
         find_layers(model)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ["text.layers.0.experts", "text.layers.1.experts"],
+        ["text.*"],
+        ("*.1.experts", "text.layers.0.*"),
+        lambda name, module: module.num_experts == 8,
+    ],
+)
+def test_some_of_the_layers_are_chosen_by_name_pattern_or_function(choice: LayerChoice) -> None:
+    model = TwoTowers(vision_experts=8 if isinstance(choice, tuple) else 4)
+    first = model.vision.layers[0].experts
+    first.scales = [0.5] * first.num_experts  # would be refused
+    wanted = {f"text.layers.{i}.experts" for i in (0, 1)}
+    if isinstance(choice, tuple):
+        wanted.add("vision.layers.1.experts")
+    assert {layer.name for layer in find_layers(model, choice)} == wanted
+
+
+def test_a_choice_of_no_layer_says_which_there_are() -> None:
+    there_are = r"'text\.layers\.0\.experts', .*, 'vision\.layers\.1\.experts'$"
+    with pytest.raises(ValueError, match=rf"layers: 'text' is the name of no .* {there_are}"):
+        find_layers(TwoTowers(), ["vision.*", "text"])
+    with pytest.raises(ValueError, match=rf"layers=.*<lambda>: it has chosen none .* {there_are}"):
+        find_layers(TwoTowers(), lambda name, module: False)
+    with pytest.raises(ValueError, match=r"and 5 more$"):
+        find_layers(ToyModel(num_layers=25), ["x"])
 
 
 def test_a_module_whose_tensors_do_not_match_its_experts_is_refused() -> None:

@@ -522,8 +522,8 @@ FAULTS = (
     _fault(
         "state-loaded-into-moving-experts",
         "state/full.py",
-        "    balancer.engine.settle()\n    rest",
-        "    rest",
+        "        engine.settle()\n    rest",
+        "        pass\n    rest",
         "distributed/test_full_state.py",
     ),
 )

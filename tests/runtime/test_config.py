@@ -17,12 +17,20 @@ def policy(load: Any, placement: Any, topology: Any) -> Any:
     return placement
 
 
+def is_text(name: str, module: Any) -> bool:
+    return name.startswith("text.")
+
+
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
         ("num_redundant_experts", -1, "at least 0"),
         ("num_redundant_experts", 1.5, "must be an int"),
         ("num_redundant_experts", True, "must be an int"),
+        ("layers", "text.*", "write layers=['text.*']"),
+        ("layers", [], "None is all"),
+        ("layers", [3], "got 3 among them"),
+        ("layers", 3, "must be a list of names"),
         ("dispatch", "all-to-all", "'all_to_all', 'all_gather', 'all_reduce', 'external'"),
         ("max_tokens_per_rank", 0, "at least 1"),
         ("max_tokens_per_rank", 8, "is for dispatch='all_gather'"),
@@ -96,6 +104,8 @@ def test_the_fingerprint_tells_apart_what_differs() -> None:
     one, other = Config(timeout=5).fingerprint(), Config(timeout=6).fingerprint()
     assert {name for name in one if one[name] != other[name]} == {"timeout"}
     assert Config(policy=policy).fingerprint() == Config(policy=policy).fingerprint()
+    assert Config(layers=["a"]).fingerprint() == Config(layers=("a",)).fingerprint()
+    assert Config(layers=is_text).fingerprint()["layers"] == "'is_text'"
 
 
 @given(st.integers(0, 2**40), st.sampled_from(["B", "KiB", "MiB", "kb", "GB", ""]))

@@ -94,6 +94,18 @@ class ToyModel(nn.Module):
         return x
 
 
+class TwoTowers(nn.Module):
+    """Text and vision with other numbers of experts; vision is reached by some inputs only."""
+
+    def __init__(self, vision_experts: int = 4, seed: int = 0) -> None:
+        super().__init__()
+        self.text = ToyModel(2, 8, seed=seed)
+        self.vision = ToyModel(2, vision_experts, seed=seed + 1)
+
+    def forward(self, x: torch.Tensor, image: torch.Tensor | None = None) -> torch.Tensor:
+        return self.text(x if image is None else x + self.vision(image))
+
+
 def skewed_batch(
     tokens: int, hidden: int, seed: int, strength: float = 2.0, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from support.models import QUICK, MoELayer, ToyModel, skewed_batch
+from support.models import QUICK, MoELayer, ToyModel, TwoTowers, skewed_batch
 from support.moving import CLOSE, assert_same
 from support.programs import ROOT
 from torch import nn
@@ -304,6 +304,19 @@ def own_layer(rank: int, world_size: int) -> Iterator[Names]:
 
 
 @contextlib.contextmanager
+def two_towers(rank: int, world_size: int) -> Iterator[Names]:
+    """The blocks wrap ``model`` twice, and gather its ``state``."""
+    model = TwoTowers()
+    reference = copy.deepcopy(model).state_dict()
+    names: Names = {"model": model, "torch_eplb": torch_eplb}
+    yield names
+    for key, value in reference.items():
+        assert torch.equal(names["state"][key], value), key
+    names["text"].close()
+    names["vision"].close()
+
+
+@contextlib.contextmanager
 def own_policy(rank: int, world_size: int) -> Iterator[Names]:
     """The block wraps ``model`` with a policy of its own."""
     names: Names = {"model": ToyModel(), "torch_eplb": torch_eplb}
@@ -386,6 +399,6 @@ SETUPS: dict[str, Setup] = {
     setup.__name__: setup
     for setup in (
         *(nothing, moved, restart, meta_dcp, pretrained, serving, loop, external, new_weights),
-        *(own_layer, own_policy, transport, unit, files),
+        *(own_layer, two_towers, own_policy, transport, unit, files),
     )
 }

@@ -122,6 +122,7 @@ class LayerContext:
         traffic: what was sent to other ranks.
         experts: who shall compute experts.
         max_tokens_per_rank: for all-gather, or None.
+        owner: who can give the experts back; lives as long as the hooks.
     """
 
     comm: Communicator
@@ -133,6 +134,7 @@ class LayerContext:
     traffic: Traffic = field(default_factory=Traffic)
     experts: ExpertsName = "auto"
     max_tokens_per_rank: int | None = None
+    owner: object = None
 
 
 class Trips(Generic[_Trip]):

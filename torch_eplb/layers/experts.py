@@ -7,8 +7,9 @@ After `ExpertLayer.shard`, every expert-indexed tensor of the layer has one entr
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -25,7 +26,11 @@ from torch_eplb.layers.spec import BoundArguments, LayerSpec, find_spec, skips_s
 _NPU_PLAIN_FORMATS = (-1, 0, 1, 2, 27, 30)
 """ND and its names for images: elements lie in memory as their strides say."""
 
-__all__ = ["ExpertLayer", "byte_view", "common_owner", "find_layers"]
+__all__ = ["ExpertLayer", "LayerChoice", "byte_view", "common_owner", "find_layers"]
+
+LayerChoice = Sequence[str] | Callable[[str, nn.Module], bool] | None
+"""Which MoE layers: names or patterns of their experts modules, a function that is asked about each
+(name, module), or None for all."""
 
 
 class ExpertLayer:
@@ -109,39 +114,56 @@ class ExpertLayer:
             setattr(self.module, "_is_expert_parallel", self._expert_parallel)  # noqa: B010
 
 
-def find_layers(model: nn.Module) -> list[ExpertLayer]:
+def find_layers(
+    model: nn.Module, choice: LayerChoice = None, wrapped: Container[nn.Module] = ()
+) -> list[ExpertLayer]:
     """The MoE layers of a model, in the order of its modules.
 
+    Args:
+        model: any module.
+        choice: which of them; what is not chosen is not looked at.
+        wrapped: experts modules that are wrapped already.
+
     Raises:
-        ValueError: there is none, their numbers of experts differ, or experts cannot be moved as
-            a whole; see `torch_eplb.layers.refusals`.
+        ValueError: there is none, or none is chosen, or a name is of none; their numbers of experts
+            differ, one is wrapped, or experts cannot be moved as a whole; see
+            `torch_eplb.layers.refusals`.
     """
-    layers = []
+    found = {}
     for name, module in model.named_modules():
         spec = find_spec(module)
         if spec is not None:
-            adapter = adapter_around(model, name)
-            if adapter is not None:
-                raise ValueError(
-                    f"layer {name}: its experts are adapted by {adapter}, whose weights would not "
-                    "move with them. Merge it first (peft: model.merge_and_unload()), or leave the "
-                    "experts out of its targets; adapters on other modules may stay"
-                )
-            refuse_offloaded(model, name)
-            layers.append(ExpertLayer(name, module, spec))
-    if not layers:
+            found[name] = module, spec
+    if not found:
         raise ValueError(
             f"{type(model).__name__} has no MoE layer that is recognised: wanted is a module with "
             "an int attribute num_experts, tensors whose dim 0 is the expert, and "
             "forward(hidden_states, top_k_index, top_k_weights). Describe another kind of layer "
             "with torch_eplb.register_layer(cls, ...)"
         )
+    layers = []
+    for name in _chosen({name: module for name, (module, _) in found.items()}, choice):
+        module, spec = found[name]
+        if module in wrapped:
+            raise ValueError(
+                f"layer {name} is wrapped already; call unwrap() on the first wrapper before "
+                "wrapping again, or choose other layers with layers="
+            )
+        adapter = adapter_around(model, name)
+        if adapter is not None:
+            raise ValueError(
+                f"layer {name}: its experts are adapted by {adapter}, whose weights would not "
+                "move with them. Merge it first (peft: model.merge_and_unload()), or leave the "
+                "experts out of its targets; adapters on other modules may stay"
+            )
+        refuse_offloaded(model, name)
+        layers.append(ExpertLayer(name, module, spec))
     counts = {layer.num_experts for layer in layers}
     if len(counts) > 1:
         listing = ", ".join(f"{layer.name}: {layer.num_experts}" for layer in layers)
         raise ValueError(
-            f"all MoE layers must have the same number of experts, got {listing}. Wrap the parts "
-            "of the model that agree separately"
+            f"all MoE layers of one wrapper must have the same number of experts, got {listing}. "
+            "Choose those that agree with layers=, and wrap the model once for each number"
         )
     refuse_tied(
         model,
@@ -152,6 +174,42 @@ def find_layers(model: nn.Module) -> list[ExpertLayer]:
         },
     )
     return layers
+
+
+def _chosen(found: dict[str, nn.Module], choice: LayerChoice) -> list[str]:
+    """Names of the layers that are chosen, in the order of ``found``.
+
+    >>> layers = dict.fromkeys(["text.0.moe", "text.1.moe", "vision.0.moe"], nn.Identity())
+    >>> _chosen(layers, ["text.*"])
+    ['text.0.moe', 'text.1.moe']
+    """
+    if choice is None:
+        return list(found)
+    if callable(choice):
+        names = [name for name, module in found.items() if choice(name, module)]
+        if not names:
+            raise ValueError(
+                f"layers={getattr(choice, '__qualname__', choice)}: it has chosen none of the "
+                f"model's MoE layers, which are {_listing(found)}"
+            )
+        return names
+    for pattern in choice:
+        if not any(_is_named(name, pattern) for name in found):
+            raise ValueError(
+                f"layers: {pattern!r} is the name of no MoE layer, nor a pattern of one; the "
+                f"model's are {_listing(found)}"
+            )
+    return [name for name in found if any(_is_named(name, pattern) for pattern in choice)]
+
+
+def _is_named(name: str, pattern: str) -> bool:
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
+
+
+def _listing(found: dict[str, nn.Module]) -> str:
+    names = [repr(name) for name in found]
+    more = [f"and {len(names) - 20} more"] if len(names) > 20 else []
+    return ", ".join([*names[:20], *more])
 
 
 def common_owner(model: nn.Module, names: list[str]) -> nn.Module:

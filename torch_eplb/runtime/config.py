@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
 
 from torch_eplb.policies.flow import Knobs
 from torch_eplb.policies.registry import POLICIES
@@ -42,6 +44,12 @@ class Config:
     num_redundant_experts: int = 0
     """Slots beyond one per logical expert, per layer. (experts + redundant) must divide evenly
     over the ranks."""
+
+    layers: Sequence[str] | Callable[[str, nn.Module], bool] | None = None
+    """Which of the MoE layers are balanced: names of their experts modules in the model, or
+    patterns of names as `fnmatch` has them ("visual.*"), or a function that is called with each
+    name and module. The others stay as they are; another call of `wrap` may balance them. None is
+    all."""
 
     dispatch: DispatchName = "all_to_all"
     """How tokens reach experts. "all_to_all": every rank has its own batch. "all_gather": likewise,
@@ -187,6 +195,7 @@ class Config:
         for name in ("direct", "overlap", "verify", "allow_training_with_moves"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        self._check_layers()
         self._check_choice("dispatch", DISPATCHES)
         if self.max_tokens_per_rank is not None and self.dispatch != "all_gather":
             raise ValueError(
@@ -225,6 +234,22 @@ class Config:
             raise TypeError(f"{name} must be an int, got {value!r}")
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+
+    def _check_layers(self) -> None:
+        value = self.layers
+        if value is None or callable(value):
+            return
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            raise TypeError(
+                "layers must be a list of names, a function of name and module, or None, got "
+                f"{value!r}" + (f"; write layers=[{value!r}]" if isinstance(value, str) else "")
+            )
+        for name in value:
+            if not isinstance(name, str):
+                raise TypeError(f"layers must be names, got {name!r} among them")
+        if not value:
+            raise ValueError(f"layers={value!r} chooses no layer; None is all")
+        object.__setattr__(self, "layers", tuple(value))
 
     def _check_timeout(self) -> None:
         value = self.timeout
@@ -307,7 +332,8 @@ class Config:
     def fingerprint(self) -> dict[str, str]:
         """Every field as text, for comparing ranks."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        if callable(self.policy):
-            policy = self.policy
-            values["policy"] = getattr(policy, "__qualname__", type(policy).__qualname__)
+        for name in ("policy", "layers"):
+            if callable(values[name]):
+                value = values[name]
+                values[name] = getattr(value, "__qualname__", type(value).__qualname__)
         return {name: repr(value) for name, value in values.items()}

@@ -41,10 +41,10 @@ from torch_eplb.migration.progress import Migration
 from torch_eplb.planner.process import Planner
 from torch_eplb.policies.split import even_split
 from torch_eplb.routing import LoadCounters, RoutingTables
-from torch_eplb.runtime import clock
+from torch_eplb.runtime import clock, owners
 from torch_eplb.runtime.cycle import RebalanceCycle, Stage
 from torch_eplb.runtime.guards import Guards
-from torch_eplb.runtime.prepare import Setup, planner_settings, release
+from torch_eplb.runtime.prepare import Setup, planner_settings
 from torch_eplb.runtime.recording import MapWriter, RecordedSteps, StepRecorder
 from torch_eplb.schedule.schedule import make_schedule
 from torch_eplb.values.errors import EPLBError
@@ -172,7 +172,7 @@ class Engine(BoundToRanks):
         """Some rank could not make its own: the model stays as it was on all of them."""
         if self._planner is not None:
             self._planner.close()
-        release(self.layers)
+        owners.release(layer.module for layer in self.layers)
         self.comm.close()
 
     def _touch_model(self, setup: Setup) -> None:
@@ -186,7 +186,9 @@ class Engine(BoundToRanks):
             self._roster,
             experts=self.config.experts,
             max_tokens_per_rank=self.config.max_tokens_per_rank,
+            owner=self,
         )
+        owners.take([layer.module for layer in self.layers], self)
         self.tokens = context.tokens
         self._traffic = context.traffic
         held = setup.placement.experts[:, self.comm.rank]
@@ -593,6 +595,6 @@ class Engine(BoundToRanks):
         self.guards.remove()
         forget_compiled()
         self._roster.leave()
-        release(self.layers)
+        owners.release(layer.module for layer in self.layers)
         self.close()
         self._life = Life.UNWRAPPED

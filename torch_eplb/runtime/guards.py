@@ -44,11 +44,8 @@ class Guards:
             f"{layer.name}.{name}".lstrip(".") for layer in layers for name in layer.tensor_names
         ]
         # DistributedDataParallel reads it from the module that it is given.
-        self._ignored_before = getattr(model, _DDP, None)
-        setattr(model, _DDP, [*(self._ignored_before or ()), *self.expert_names])
-        self._saves = callable(getattr(model, "save_pretrained", None))
-        if self._saves:
-            model.__dict__["save_pretrained"] = _refuse_to_save
+        setattr(model, _DDP, [*getattr(model, _DDP, ()), *self.expert_names])
+        self._refusal = _refuse_saving(model)
         self.remember()
         self._handles: list[RemovableHandle] = []
         reason = _why_not_to_train(config)
@@ -110,12 +107,17 @@ class Guards:
 
     def remove(self) -> None:
         """The model is unwrapped."""
-        if self._ignored_before is None:
+        # Another balancer's may have come or gone since.
+        own = set(self.expert_names)
+        ignored = [name for name in getattr(self._model, _DDP, ()) if name not in own]
+        if ignored:
+            setattr(self._model, _DDP, ignored)
+        elif hasattr(self._model, _DDP):
             delattr(self._model, _DDP)
-        else:
-            setattr(self._model, _DDP, self._ignored_before)
-        if self._saves:
-            self._model.__dict__.pop("save_pretrained", None)
+        if self._refusal is not None:
+            self._refusal.guards -= 1
+            if not self._refusal.guards:
+                self._model.__dict__.pop("save_pretrained", None)
         for handle in self._handles:
             handle.remove()
 
@@ -138,14 +140,31 @@ def _why_not_to_train(config: Config) -> str | None:
     return None
 
 
-def _refuse_to_save(*args: Any, **kwargs: Any) -> NoReturn:
-    raise EPLBError(
-        "save_pretrained of a wrapped model would write this rank's slots as if they were the "
-        "model. Call balancer.save_pretrained(folder) on every rank, which writes all experts in "
-        "logical order; or pass state_dict=balancer.state_dict(), gathered on every rank, to the "
-        "model's class: type(model).save_pretrained(model, folder, state_dict=...). transformers' "
-        "Trainer calls it on rank 0 only: override its save_model"
-    )
+class _Refusal:
+    """Stands in for the ``save_pretrained`` of a model that one or more balancers guard."""
+
+    def __init__(self) -> None:
+        self.guards = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise EPLBError(
+            "save_pretrained of a wrapped model would write this rank's slots as if they were the "
+            "model. Call balancer.save_pretrained(folder) on every rank, which writes all experts "
+            "in logical order; or pass state_dict=balancer.state_dict(), gathered on every rank, "
+            "to the model's class: type(model).save_pretrained(model, folder, state_dict=...). "
+            "transformers' Trainer calls it on rank 0 only: override its save_model"
+        )
+
+
+def _refuse_saving(model: nn.Module) -> _Refusal | None:
+    """What refuses from now on; None for a model that cannot save itself."""
+    present = model.__dict__.get("save_pretrained")
+    if not isinstance(present, _Refusal):
+        if not callable(getattr(model, "save_pretrained", None)):
+            return None
+        model.__dict__["save_pretrained"] = present = _Refusal()
+    present.guards += 1
+    return present
 
 
 def _refusing(name: str, reason: str) -> Callable[[torch.Tensor], NoReturn]:

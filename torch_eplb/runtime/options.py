@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
+
+from torch import nn
 
 from torch_eplb.values.choices import (
     CostName,
@@ -24,6 +26,7 @@ class Options(TypedDict, total=False):
     types. Which value is what is said there."""
 
     num_redundant_experts: int
+    layers: Sequence[str] | Callable[[str, nn.Module], bool] | None
     dispatch: DispatchName
     max_tokens_per_rank: int | None
     replica_choice: ReplicaChoice | None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import weakref
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from torch_eplb.layers.experts import ExpertLayer, find_layers
 from torch_eplb.layers.grouped import why_not
 from torch_eplb.planner.messages import PlannerSettings
 from torch_eplb.routing.load import sample_steps
+from torch_eplb.runtime import owners
 from torch_eplb.runtime.config import Config
 from torch_eplb.runtime.costs import agree_on_weight_tokens
 from torch_eplb.values.choices import DispatchKind
@@ -33,10 +33,7 @@ from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Topology
 from torch_eplb.version import __version__
 
-__all__ = ["Setup", "planner_settings", "prepare", "release"]
-
-# Experts modules that are wrapped now; weak, so that it keeps no model alive.
-_wrapped: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+__all__ = ["Setup", "planner_settings", "prepare"]
 
 
 @dataclass
@@ -107,14 +104,8 @@ def prepare(
         raise
     values = {f.name: getattr(inspected, f.name) for f in dataclasses.fields(_Inspected)}
     del values["device"]
-    _wrapped.update(layer.module for layer in inspected.layers)
+    owners.reserve(layer.module for layer in inspected.layers)
     return Setup(model=model, comm=comm, weight_tokens=weight_tokens, **values)
-
-
-def release(layers: list[ExpertLayer]) -> None:
-    """The layers are unwrapped: they may be wrapped again."""
-    for layer in layers:
-        _wrapped.discard(layer.module)
 
 
 def _group(process_group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:
@@ -171,11 +162,7 @@ def _inspect(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     config = _config(given, kwargs)
-    layers = find_layers(model)
-    if any(layer.module in _wrapped for layer in layers):
-        raise ValueError(
-            "the model is wrapped already; call unwrap() on the first wrapper before wrapping again"
-        )
+    layers = find_layers(model, config.layers, owners.wrapped)
     experts = layers[0].num_experts
     num_slots = _num_slots(experts, config.num_redundant_experts, num_ranks)
     already_sharded = _check_shards(layers, num_slots, config.dispatch_kind)

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch_eplb.files.expert_map import format_expert_map, parse_expert_map
 from torch_eplb.runtime.engine import Life
 from torch_eplb.state.full import ExpertTensor, expert_tensors
-from torch_eplb.state.wrapped import Wrapped
+from torch_eplb.state.wrapped import Wrapped, engines_of
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
@@ -69,16 +69,15 @@ class ShardedState:
             PeerLostError: a rank did not come within ``timeout``.
         """
         balancer = self._balancer
-        balancer.engine.catch_up()
-        if balancer.engine.in_flight:
-            balancer.engine.settle()
+        for engine in engines_of(balancer):
+            engine.catch_up()
+            if engine.in_flight:
+                engine.settle()
         local = balancer.module.state_dict(keep_vars=True)
         experts = expert_tensors(balancer, local)
         owners = {
-            layer: choose_owners(
-                balancer.engine.placement.experts[layer], balancer.engine.live[layer]
-            )
-            for layer in {tensor.layer for tensor in experts.values()}
+            (engine, layer): choose_owners(engine.placement.experts[layer], engine.live[layer])
+            for engine, layer in {(tensor.engine, tensor.layer) for tensor in experts.values()}
         }
         state: dict[str, Any] = {}
         for key, value in local.items():
@@ -91,7 +90,7 @@ class ShardedState:
                     )
                 value = value.detach()
             if key in experts:
-                value = ExpertShards(balancer, experts[key], owners[experts[key].layer])
+                value = ExpertShards(experts[key], owners[experts[key].engine, experts[key].layer])
             state[key] = value
         return state
 
@@ -163,12 +162,12 @@ class ExpertShards(torch.Tensor):
     pieces there are depends on what is planned last: to save, single experts; to load, runs.
     """
 
-    def __new__(cls, balancer: Any, tensor: ExpertTensor, owners: Any) -> ExpertShards:
+    def __new__(cls, tensor: ExpertTensor, owners: Any) -> ExpertShards:
         live = tensor.live.detach()
         return cls._wrapper(live, tensor.logical_shape, live.device)
 
-    def __init__(self, balancer: Wrapped, tensor: ExpertTensor, owners: NDArray[np.int64]) -> None:
-        engine, rank = balancer.engine, balancer.engine.comm.rank
+    def __init__(self, tensor: ExpertTensor, owners: NDArray[np.int64]) -> None:
+        engine, rank = tensor.engine, tensor.engine.comm.rank
         self._live = tensor.live.detach()
         self._address = self._live.data_ptr()
         self._layer = tensor.layer

@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 from torch_eplb.layers.gather import empty_full, gather_tensor
-from torch_eplb.runtime.engine import Life
-from torch_eplb.state.wrapped import Wrapped
+from torch_eplb.runtime.engine import Engine, Life
+from torch_eplb.state.wrapped import Wrapped, engines_of, gather_from_all
 
 __all__ = ["ExpertTensor", "expert_tensors", "full_state_dict", "load_full_state_dict"]
 
@@ -33,16 +33,23 @@ class ExpertTensor(NamedTuple):
     """One of the model's tensors that are indexed by expert.
 
     Attributes:
-        layer: index of its MoE layer.
+        engine: what balances it.
+        layer: index of its MoE layer there.
         live: the tensor itself, ``[local slots, ...]``.
         num_experts: logical experts E.
         full_size: entries on dim 0 in the unwrapped model: E, or more, which are unused.
     """
 
+    engine: Engine
     layer: int
     live: torch.Tensor
     num_experts: int
     full_size: int
+
+    @property
+    def held(self) -> list[int]:
+        """The logical experts of this rank's slots."""
+        return self.engine.placement.experts[self.layer, self.engine.comm.rank].tolist()
 
     @property
     def full_shape(self) -> torch.Size:
@@ -82,8 +89,9 @@ def full_state_dict(
     Raises:
         PeerLostError: a rank did not come within ``timeout``.
     """
-    balancer.engine.require_weights("gather the experts")
-    balancer.engine.catch_up()
+    for engine in engines_of(balancer):
+        engine.require_weights("gather the experts")
+        engine.catch_up()
     local = balancer.module.state_dict(prefix=prefix, keep_vars=True)
     experts = expert_tensors(balancer, local)
     keep = not rank0_only or balancer.engine.comm.rank == 0
@@ -96,7 +104,7 @@ def full_state_dict(
         if key in experts:
             # The same tensor may have several keys.
             if id(value) not in gathered:
-                gathered[id(value)] = _gather(balancer, experts[key], keep, cpu_offload, scratch)
+                gathered[id(value)] = _gather(experts[key], keep, cpu_offload, scratch)
             value = gathered[id(value)]
         elif isinstance(value, torch.Tensor):
             value = value if keep_vars else value.detach()
@@ -137,23 +145,21 @@ def load_full_state_dict(
         RuntimeError: keys or shapes do not fit (on any rank: every rank raises), as nn.Module's.
         PeerLostError: a rank did not come within ``timeout``; nothing was written.
     """
-    balancer.engine.require_weights("load a state dict")
-    balancer.engine.catch_up()
+    engines = engines_of(balancer)
+    for engine in engines:
+        engine.require_weights("load a state dict")
+        engine.catch_up()
     local = balancer.module.state_dict(keep_vars=True)
     experts = expert_tensors(balancer, local)
     _agree(balancer, _problems(balancer.module, full, local, experts, strict, assign))
-    balancer.engine.settle()
+    for engine in engines:
+        engine.settle()
     rest = OrderedDict(full)
     if hasattr(full, "_metadata"):
         rest._metadata = full._metadata  # type: ignore[attr-defined]
-    rank = balancer.engine.comm.rank
     for key, tensor in experts.items():
         if key in full:
-            _write(
-                tensor.live,
-                full[key],
-                balancer.engine.placement.experts[tensor.layer, rank].tolist(),
-            )
+            _write(tensor.live, full[key], tensor.held)
             # The model's own loading comes next, and copies this tensor onto itself.
             rest[key] = tensor.live
     if assign:
@@ -187,11 +193,11 @@ def expert_tensors(balancer: Wrapped, local: Mapping[str, Any]) -> dict[str, Exp
 
     They are known by identity, so that shared tensors are found under each of their keys.
     """
-    if balancer.engine.life is Life.UNWRAPPED:
-        return {}
     known = {
-        id(tensor): ExpertTensor(index, tensor, layer.num_experts, size)
-        for index, layer in enumerate(balancer.engine.layers)
+        id(tensor): ExpertTensor(engine, index, tensor, layer.num_experts, size)
+        for engine in engines_of(balancer)
+        if engine.life is not Life.UNWRAPPED
+        for index, layer in enumerate(engine.layers)
         for tensor, size in zip(layer.tensors(), layer.full_sizes, strict=True)
     }
     return {key: known[id(value)] for key, value in local.items() if id(value) in known}
@@ -209,13 +215,12 @@ def _scratch(tensors: Iterable[ExpertTensor]) -> torch.Tensor | None:
 
 
 def _gather(
-    balancer: Wrapped,
     tensor: ExpertTensor,
     keep: bool,
     cpu_offload: bool,
     scratch: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    live, engine = tensor.live.detach(), balancer.engine
+    live, engine = tensor.live.detach(), tensor.engine
     device = torch.device("cpu") if cpu_offload else live.device
     result = empty_full(live, tensor.full_size, device) if keep else None
     experts = engine.placement.experts[tensor.layer]
@@ -279,7 +284,7 @@ def _loads_plainly(model: nn.Module) -> bool:
 
 def _agree(balancer: Wrapped, problems: list[str]) -> None:
     """Raise on every rank if one has a problem; each by itself where the groups are gone."""
-    everyone = balancer.engine.gather(problems)
+    everyone = gather_from_all(balancer, problems)
     found = {rank: texts for rank, texts in everyone.items() if texts}
     if not found:
         return

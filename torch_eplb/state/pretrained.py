@@ -21,7 +21,7 @@ from torch_eplb.state.full import ExpertTensor, expert_tensors
 from torch_eplb.state.materialize import materialize
 from torch_eplb.state.safetensor_files import Checkpoint, Reading
 from torch_eplb.state.weight_names import NameRule, usual_names
-from torch_eplb.state.wrapped import Wrapped
+from torch_eplb.state.wrapped import Wrapped, engines_of, gather_from_all
 from torch_eplb.values.errors import EPLBError
 
 __all__ = ["load_pretrained"]
@@ -87,7 +87,8 @@ def load_pretrained(
     """
     balancer = model
     # First, because which slots are to be read is settled only when nothing moves any more.
-    balancer.engine.settle()
+    for engine in engines_of(balancer):
+        engine.settle()
     items: list[Reading] = []
     checkpoint, error = None, None
     try:
@@ -177,11 +178,9 @@ def _plan(
     experts = expert_tensors(balancer, tensors)
     items: list[Reading] = []
     wanted: list[tuple[str, int | None, int | None]] = []
-    rank = balancer.engine.comm.rank
     for key in sources:
         if key in experts:
-            held = balancer.engine.placement.experts[experts[key].layer, rank].tolist()
-            wanted += [(key, slot, expert) for slot, expert in enumerate(held)]
+            wanted += [(key, slot, expert) for slot, expert in enumerate(experts[key].held)]
         else:
             wanted.append((key, None, None))
     shapes = checkpoint.describe(
@@ -207,7 +206,7 @@ def _find_sources(
     sources: dict[str, dict[int | None, list[str]]] = {}
     missing: dict[str, str] = {}
     for key in tensors:
-        split = key in experts and not _transposed(balancer, experts[key])
+        split = key in experts and not _transposed(experts[key])
         ids = range(experts[key].num_experts) if key in experts else [None]
         found: dict[int | None, list[str]] = {}
         for expert in ids:
@@ -253,9 +252,9 @@ def _first_held(
     return None
 
 
-def _transposed(balancer: Wrapped, tensor: ExpertTensor) -> bool:
+def _transposed(tensor: ExpertTensor) -> bool:
     """Whether the module keeps its experts transposed, so that pieces do not stack on dim 0."""
-    return bool(getattr(balancer.engine.layers[tensor.layer].module, "is_transposed", False))
+    return bool(getattr(tensor.engine.layers[tensor.layer].module, "is_transposed", False))
 
 
 def _unsaved_experts(balancer: Wrapped, tensors: Mapping[str, torch.Tensor]) -> list[str]:
@@ -263,7 +262,8 @@ def _unsaved_experts(balancer: Wrapped, tensors: Mapping[str, torch.Tensor]) -> 
     return [
         f"{layer.name}.{name} is indexed by expert and on the meta device, but not part of the "
         "state dict (persistent=False): it cannot be loaded"
-        for layer in balancer.engine.layers
+        for engine in engines_of(balancer)
+        for layer in engine.layers
         for name, tensor in zip(layer.tensor_names, layer.tensors(), strict=True)
         if tensor.is_meta and id(tensor) not in saved
     ]
@@ -323,7 +323,7 @@ def _refuse(balancer: Wrapped, problems: list[str]) -> None:
 
 def _agree(balancer: Wrapped, error: Exception | None) -> None:
     """Raise this rank's error, or that another rank has one, before anything is written."""
-    everyone = balancer.engine.gather(error and str(error))
+    everyone = gather_from_all(balancer, error and str(error))
     if error is not None:
         raise error
     failed = [f"rank {rank}: {text}" for rank, text in everyone.items() if text]
