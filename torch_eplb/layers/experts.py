@@ -10,10 +10,13 @@ from __future__ import annotations
 import fnmatch
 import itertools
 from collections.abc import Callable, Container, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
+from torch_eplb.layers.known import why_not
 from torch_eplb.layers.refusals import (
     adapter_around,
     in_norm,
@@ -23,6 +26,8 @@ from torch_eplb.layers.refusals import (
 )
 from torch_eplb.layers.spec import BoundArguments, LayerSpec, find_spec, skips_sentinel
 
+_FULL = "full_experts"
+"""Attribute of a module with a form of its own: the experts that its callers know."""
 _NPU_PLAIN_FORMATS = (-1, 0, 1, 2, 27, 30)
 """ND and its names for images: elements lie in memory as their strides say."""
 
@@ -52,10 +57,16 @@ class ExpertLayer:
         self.module = module
         self.spec = spec
         self.num_experts: int = getattr(module, spec.num_experts)
+        self._is_sharded = False
         self.num_zero_experts: int = (
             getattr(module, spec.num_zero_experts) if spec.num_zero_experts is not None else 0
         )
-        self.arguments = BoundArguments(spec, type(module).forward)
+        self.form = spec.form
+        called = type(module).forward
+        if self.form is not None and self.form.read is not None:
+            called = ExpertLayer._compute
+        self.arguments = BoundArguments(spec, called)
+        self._adapting: RemovableHandle | None = None
         self.tensor_names = _expert_tensor_names(self)
         with_zero = self.num_experts + self.num_zero_experts
         self.full_sizes = [
@@ -66,7 +77,18 @@ class ExpertLayer:
 
     def tensors(self) -> list[torch.Tensor]:
         """The live tensors ``[local slots, ...]``, in the order of ``tensor_names``."""
-        return [_get_tensor(self.module, name) for name in self.tensor_names]
+        return [self._tensor(name) for name in self.tensor_names]
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        tensor = _get_tensor(self.module, name)
+        if self.is_flat and not self._is_sharded:
+            return tensor.unflatten(0, (self.num_experts, -1))
+        return tensor
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the unwrapped module's tensors have expert and row in one on dim 0."""
+        return self.form is not None and self.form.flat
 
     @property
     def expert_bytes(self) -> int:
@@ -93,7 +115,8 @@ class ExpertLayer:
         """Keep only the given logical experts, one per local slot, and free the others."""
         index = torch.tensor(list(experts), dtype=torch.int64)
         for name in self.tensor_names:
-            _set_tensor(self.module, name, _select(_get_tensor(self.module, name), index))
+            _set_tensor(self.module, name, _select(self._tensor(name), index))
+        self._is_sharded = True
 
     def compute_locally(self, num_slots: int) -> None:
         """Make the module's forward one over local slots; without this, ids stay global.
@@ -104,11 +127,44 @@ class ExpertLayer:
         if self._expert_parallel is not None:
             # transformers' implementations skip sentinel ids only when told so.
             setattr(self.module, "_is_expert_parallel", True)  # noqa: B010
+        if self.form is not None:
+            self.module.forward = self._compute
+        if self.form is not None and self.form.read is not None:
+            # Before the hooks that are to see what this one makes of a call.
+            self._adapting = self.module.register_forward_pre_hook(self._read, with_kwargs=True)
+            setattr(self.module, _FULL, self.num_experts)
+
+    def _read(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A call in the class's own form as one of hidden states, ids and weights."""
+        spec = self.spec
+        if spec.expert_ids in kwargs:  # for other ranks, without rows of our own
+            return args, kwargs
+        assert self.form is not None
+        assert self.form.read is not None
+        assert spec.expert_weights is not None
+        hidden, ids, weights = self.form.read(module, *args, **kwargs)
+        return (), {spec.hidden_states: hidden, spec.expert_ids: ids, spec.expert_weights: weights}
+
+    def _compute(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """What stands in for the module's forward: rows of one choice each, ordered by slot."""
+        assert self.form is not None
+        return self.form.compute(self.module, hidden_states, top_k_index[:, 0])
 
     def restore(self, full: Sequence[torch.Tensor]) -> None:
         """Put full tensors ``[experts, ...]`` back and forget that the layer was sharded."""
         for name, tensor in zip(self.tensor_names, full, strict=True):
-            _set_tensor(self.module, name, tensor)
+            _set_tensor(self.module, name, tensor.flatten(0, 1) if self.is_flat else tensor)
+        self._is_sharded = False
+        if self._adapting is not None:
+            self._adapting.remove()
+            self._adapting = None
+            delattr(self.module, _FULL)
+        if self.form is not None:
+            vars(self.module).pop("forward", None)
         setattr(self.module, self.spec.num_experts, self.num_experts)
         if self._expert_parallel is not None:
             setattr(self.module, "_is_expert_parallel", self._expert_parallel)  # noqa: B010
@@ -135,11 +191,12 @@ def find_layers(
         if spec is not None:
             found[name] = module, spec
     if not found:
+        known = "; ".join(why_not(model))
         raise ValueError(
             f"{type(model).__name__} has no MoE layer that is recognised: wanted is a module with "
             "an int attribute num_experts, tensors whose dim 0 is the expert, and "
             "forward(hidden_states, top_k_index, top_k_weights). Describe another kind of layer "
-            "with torch_eplb.register_layer(cls, ...)"
+            "with torch_eplb.register_layer(cls, ...)" + (f". {known}" if known else "")
         )
     layers = []
     for name in _chosen({name: module for name, (module, _) in found.items()}, choice):

@@ -2,8 +2,9 @@
 
 An experts module is called with the router's choice, ``(hidden_states [T, H], expert ids [T, K],
 expert weights [T, K])``, and holds tensors whose dim 0 is the expert. That is the experts class of
-some 65 architectures in transformers 5, recognised by its signature, without importing it. Other
-classes are told with `register_layer`.
+some 65 architectures in transformers 5, recognised by its signature, without importing it. A few
+of its classes have forms of their own (`torch_eplb.layers.known`). Other classes are told with
+`register_layer`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+
+from torch_eplb.layers.known import Form, form_of
 
 __all__ = [
     "BoundArguments",
@@ -51,6 +54,8 @@ class LayerSpec:
             None where there are none.
         needs_two_choices: forward cannot take rows of a single choice (transformers' LongCat-Flash
             drops the dimension), so that it gets a second one, of weight 0, that computes nothing.
+        form: what is different about calls and tensors of this class, or None. While its experts
+            are sharded, ``hidden_states`` and so on are names that its hooks use.
     """
 
     hidden_states: str
@@ -64,6 +69,7 @@ class LayerSpec:
     needs_two_choices: bool = False
     fused: bool = False
     token_counts: TokenCounts | None = None
+    form: Form | None = None
 
 
 # transformers' experts classes, by the names of forward's first three arguments.
@@ -192,6 +198,9 @@ def find_spec(module: nn.Module) -> LayerSpec | None:
     for cls in type(module).__mro__:
         if cls in _registry:
             return _registry[cls]
+    form = form_of(module)
+    if form is not None:
+        return LayerSpec(*_KNOWN[0], tensors=form.tensors, form=form)
     names = tuple(inspect.signature(type(module).forward).parameters)[1:4]
     if names not in _KNOWN:
         return None

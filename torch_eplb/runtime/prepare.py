@@ -188,6 +188,11 @@ def _inspect(
                 f'{layer.spec.token_counts!r}, which is for dispatch="external"; with '
                 f"dispatch={config.dispatch!r} tokens are brought to it and counted: leave it out"
             )
+        if layer.form is not None and not config.dispatch_kind.communicates:
+            raise ValueError(
+                f"dispatch={config.dispatch!r}: layer {layer.name} is a "
+                f"{type(layer.module).__name__} of transformers, which does not dispatch by itself"
+            )
         if config.experts == "grouped":
             where = device_of(group) if device.type == "meta" else device
             reason = why_not(layer.module, layer.spec.fused, config.experts, where)

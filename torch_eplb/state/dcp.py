@@ -163,12 +163,13 @@ class ExpertShards(torch.Tensor):
     """
 
     def __new__(cls, tensor: ExpertTensor, owners: Any) -> ExpertShards:
-        live = tensor.live.detach()
+        live = _as_saved(tensor)
         return cls._wrapper(live, tensor.logical_shape, live.device)
 
     def __init__(self, tensor: ExpertTensor, owners: NDArray[np.int64]) -> None:
         engine, rank = tensor.engine, tensor.engine.comm.rank
-        self._live = tensor.live.detach()
+        self._live = _as_saved(tensor)
+        self._rows = tensor.live.shape[1] if tensor.is_flat else 1
         self._address = self._live.data_ptr()
         self._layer = tensor.layer
         self._engine = weakref.ref(engine)
@@ -218,27 +219,29 @@ class ExpertShards(torch.Tensor):
         self._refuse_if_stale()
         if index.offset is None:
             raise ValueError(f"{index.fqn} is sharded: it is read and written by expert")
-        expert = index.offset[0]
+        expert = index.offset[0] // self._rows
         slot, length = self._slots[expert], 1
         if not self._saving:
             length = next(run.length for run in self._runs if run.expert == expert)
-        return self._live[slot : slot + length]
+        return self._live[slot * self._rows : (slot + length) * self._rows]
 
     def copy_to_duplicates(self) -> None:
         """Write the other slots of experts that have several on this rank, from the first."""
         for slot, expert in enumerate(self._experts[self._rank].tolist()):
             if self._slots[expert] != slot:
                 self._refuse_if_stale()
-                self._live[slot].copy_(self._live[self._slots[expert]])
+                live = self._live.unflatten(0, (-1, self._rows))
+                live[slot].copy_(live[self._slots[expert]])
 
     # ---- what it is ---------------------------------------------------------------------------
 
     def _chunk(self, expert: int, length: int) -> ChunkStorageMetadata:
         from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-        inner = self.shape[1:]
+        inner, rows = self.shape[1:], self._rows
         return ChunkStorageMetadata(
-            offsets=torch.Size((expert, *(0 for _ in inner))), sizes=torch.Size((length, *inner))
+            offsets=torch.Size((expert * rows, *(0 for _ in inner))),
+            sizes=torch.Size((length * rows, *inner)),
         )
 
     def _refuse_if_stale(self) -> None:
@@ -340,6 +343,12 @@ def _for_dcp_only(action: str) -> RuntimeError:
         f"{action}: an expert tensor of ShardedState.state_dict() has no values of its own and is "
         "for torch.distributed.checkpoint only; balancer.state_dict() has all experts"
     )
+
+
+def _as_saved(tensor: ExpertTensor) -> torch.Tensor:
+    """The live slots with the dimensions that the unwrapped model's tensor has."""
+    live = tensor.live.detach()
+    return live.flatten(0, 1) if tensor.is_flat else live
 
 
 def _same_memory(one: torch.Tensor, other: Any) -> bool:

@@ -37,7 +37,8 @@ class ExpertTensor(NamedTuple):
         layer: index of its MoE layer there.
         live: the tensor itself, ``[local slots, ...]``.
         num_experts: logical experts E.
-        full_size: entries on dim 0 in the unwrapped model: E, or more, which are unused.
+        full_size: experts on dim 0 in the unwrapped model: E, or more, which are unused.
+        is_flat: whether expert and row are one dimension there, ``[E * rows, ...]``.
     """
 
     engine: Engine
@@ -45,6 +46,7 @@ class ExpertTensor(NamedTuple):
     live: torch.Tensor
     num_experts: int
     full_size: int
+    is_flat: bool
 
     @property
     def held(self) -> list[int]:
@@ -53,12 +55,18 @@ class ExpertTensor(NamedTuple):
 
     @property
     def full_shape(self) -> torch.Size:
-        return torch.Size((self.full_size, *self.live.shape[1:]))
+        return self._shape(self.full_size)
 
     @property
     def logical_shape(self) -> torch.Size:
         """The same without what is unused."""
-        return torch.Size((self.num_experts, *self.live.shape[1:]))
+        return self._shape(self.num_experts)
+
+    def _shape(self, num_experts: int) -> torch.Size:
+        shape = self.live.shape
+        if self.is_flat:
+            return torch.Size((num_experts * shape[1], *shape[2:]))
+        return torch.Size((num_experts, *shape[1:]))
 
 
 def full_state_dict(
@@ -159,7 +167,8 @@ def load_full_state_dict(
         rest._metadata = full._metadata  # type: ignore[attr-defined]
     for key, tensor in experts.items():
         if key in full:
-            _write(tensor.live, full[key], tensor.held)
+            value = full[key].unflatten(0, (tensor.full_size, -1)) if tensor.is_flat else full[key]
+            _write(tensor.live, value, tensor.held)
             # The model's own loading comes next, and copies this tensor onto itself.
             rest[key] = tensor.live
     if assign:
@@ -194,7 +203,7 @@ def expert_tensors(balancer: Wrapped, local: Mapping[str, Any]) -> dict[str, Exp
     They are known by identity, so that shared tensors are found under each of their keys.
     """
     known = {
-        id(tensor): ExpertTensor(engine, index, tensor, layer.num_experts, size)
+        id(tensor): ExpertTensor(engine, index, tensor, layer.num_experts, size, layer.is_flat)
         for engine in engines_of(balancer)
         if engine.life is not Life.UNWRAPPED
         for index, layer in enumerate(engine.layers)
@@ -225,7 +234,7 @@ def _gather(
     result = empty_full(live, tensor.full_size, device) if keep else None
     experts = engine.placement.experts[tensor.layer]
     gather_tensor(live, experts, engine.live[tensor.layer], engine.comm, result, scratch)
-    return result
+    return result.flatten(0, 1) if result is not None and tensor.is_flat else result
 
 
 def _write(live: torch.Tensor, full: torch.Tensor, experts: list[int]) -> None:

@@ -109,7 +109,7 @@ def load_pretrained(
             target = tensors[item.key].detach()
             if item.slot is not None:
                 target = target[item.slot]
-                value = value[0] if item.fused else value
+                value = value.view(target.shape) if item.fused else value
             elif written.setdefault(id(tensors[item.key]), item.key) != item.key:
                 again.append(item)
                 continue
@@ -289,7 +289,8 @@ def _add_items(
     fused = len(row) == 1 and indexed is not None and first == tuple(indexed.full_shape)
     target = tuple(tensor.shape if indexed is None else tensor.shape[1:])
     if fused:
-        items.append(Reading(row[0], key, slot, expert=expert or 0, fused=True))
+        entries = first[0] // indexed.full_size  # type: ignore[union-attr]
+        items.append(Reading(row[0], key, slot, expert=expert or 0, fused=entries))
         return problems
     if len(row) == 1:
         if first != target:

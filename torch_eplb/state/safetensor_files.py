@@ -35,7 +35,8 @@ class Reading:
         slot: the local slot that it fills, or None where the tensor has no slots.
         rows: the part of the slot that it fills, on dim 0; None is all.
         expert: the logical expert in the slot.
-        fused: the checkpoint's tensor has all experts.
+        fused: the checkpoint's tensor has all experts, in ``fused`` entries on dim 0 each; 0 if
+            it has one.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Reading:
     slot: int | None = None
     rows: slice | None = None
     expert: int = 0
-    fused: bool = False
+    fused: int = 0
 
 
 class Checkpoint:
@@ -109,7 +110,8 @@ class Checkpoint:
                         item = waiting.popleft()
                         if item.fused:
                             part = file.get_slice(item.name)
-                            value = part[item.expert : item.expert + 1]
+                            start = item.expert * item.fused
+                            value = part[start : start + item.fused]
                         else:
                             value = file.get_tensor(item.name)
                         nbytes += value.nbytes
