@@ -80,6 +80,20 @@ def test_settings_of_others_are_explained_by_ours(others: str) -> None:
             assert known or said in ("wrap", "with", "import torch_eplb as eplb"), said
 
 
+# ---- models -------------------------------------------------------------------------------------
+
+
+def test_the_models_that_were_tried_are_those_of_the_pinned_transformers() -> None:
+    pinned = re.findall(r"^    transformers==(\S+)$", text_of("tox.ini"), re.MULTILINE)
+    page = text_of("docs/models.md")
+    assert re.findall(r"^transformers (\S+), torch", page, re.MULTILINE) == pinned
+    rows = table("docs/models.md", "model")
+    assert len(rows) > 80
+    assert not any("WRONG" in row.values() for row in rows)
+    assert page.count("\n1. ") == 1
+    assert len(re.findall(r"^\d+\. ", page, re.MULTILINE)) == sum(bool(r["note"]) for r in rows)
+
+
 # ---- packages -----------------------------------------------------------------------------------
 
 
