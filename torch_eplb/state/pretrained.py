@@ -9,6 +9,7 @@ read    file after file, straight into live tensors
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from torch_eplb.files.paths import PathLike
-from torch_eplb.state.conversions import Converted, converted_names
+from torch_eplb.state.conversions import Change, Converted, converted_names
 from torch_eplb.state.full import ExpertTensor, expert_tensors
 from torch_eplb.state.materialize import materialize
 from torch_eplb.state.safetensor_files import Checkpoint, Reading
@@ -109,22 +110,28 @@ def load_pretrained(
             target = tensors[item.key].detach()
             if item.slot is not None:
                 target = target[item.slot]
-                value = value.view(target.shape) if item.fused else value
             elif written.setdefault(id(tensors[item.key]), item.key) != item.key:
                 again.append(item)
                 continue
             if item.rows is not None:
                 target = target[item.rows]
-            target.copy_(value)
+            target.copy_(_changed(item, value, target))
         for item, value in checkpoint.read(again):
             target = tensors[item.key].detach()
             part = target if item.rows is None else target[item.rows]
-            if not torch.equal(part, value.to(part)):
+            if not torch.equal(part, _changed(item, value, part).to(part)):
                 raise RuntimeError(
                     f"{written[id(tensors[item.key])]} and {item.key} are one tensor in the model, "
                     "and the checkpoint has different values for them; build the model with the "
                     "two untied (transformers: tie_word_embeddings=False)"
                 )
+
+
+def _changed(item: Reading, value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """What was read, as the target has it; of all experts' tensor one entry was read."""
+    if item.change is not None:
+        value = item.change(value, target.shape if item.slot is None else (1, *target.shape))
+    return value.reshape(target.shape)
 
 
 def _tensors(balancer: Wrapped) -> dict[str, torch.Tensor]:
@@ -188,7 +195,14 @@ def _plan(
     )
     for key, slot, expert in wanted:
         problems += _add_items(
-            items, key, slot, expert, sources[key][expert], tensors[key], experts.get(key), shapes
+            items,
+            Reading("", key, slot),
+            expert,
+            sources[key][expert],
+            tensors[key],
+            experts.get(key),
+            shapes,
+            _used_conversion(converted.get(key), sources[key][expert]),
         )
     _refuse(balancer, list(dict.fromkeys(problems)))
     return items
@@ -227,6 +241,11 @@ def _find_sources(
     # A tensor of several keys needs one of them.
     held = {id(tensors[key]) for key in sources}
     return sources, [text for key, text in missing.items() if id(tensors[key]) not in held]
+
+
+def _used_conversion(converted: Converted | None, row: list[str]) -> Converted | None:
+    """The conversion of a key, unless ``names=`` has told other names for it."""
+    return converted if converted is not None and converted.names.issuperset(row) else None
 
 
 def _first_held(
@@ -271,32 +290,39 @@ def _unsaved_experts(balancer: Wrapped, tensors: Mapping[str, torch.Tensor]) -> 
 
 def _add_items(
     items: list[Reading],
-    key: str,
-    slot: int | None,
+    blank: Reading,
     expert: int | None,
     row: list[str],
     tensor: torch.Tensor,
     indexed: ExpertTensor | None,
     shapes: Mapping[str, tuple[tuple[int, ...], str]],
+    converted: Converted | None,
 ) -> list[str]:
-    """Add what fills ``key``, or a slot of it, and say what does not fit."""
+    """Add what fills ``blank``'s key, or its slot of it, and say what does not fit."""
     problems = []
+    key = blank.key
     for name in row:
         dtype, wanted = shapes[name][1], _DTYPES.get(tensor.dtype, str(tensor.dtype))
         if dtype != wanted and not {dtype, wanted} <= _CONVERTIBLE:
             problems.append(f"dtype: {name} has {dtype}, {key} needs {wanted}")
     first = shapes[row[0]][0]
-    fused = len(row) == 1 and indexed is not None and first == tuple(indexed.full_shape)
     target = tuple(tensor.shape if indexed is None else tensor.shape[1:])
-    if fused:
-        entries = first[0] // indexed.full_size  # type: ignore[union-attr]
-        items.append(Reading(row[0], key, slot, expert=expert or 0, fused=entries))
-        return problems
     if len(row) == 1:
-        if first != target:
-            whole = tuple(indexed.full_shape) if indexed is not None else target
+        whole = tuple(indexed.full_shape) if indexed is not None else target
+        change = converted.change if converted is not None else None
+        made, entries = first, None
+        if change is not None:
+            made = _made(change, first, whole)
+        if indexed is not None and made == whole:
+            each = first[0] // indexed.full_size
+            entries = slice((expert or 0) * each, ((expert or 0) + 1) * each)
+        elif converted is not None and converted.part is not None and first and target:
+            index, parts = converted.part
+            made = (first[0] // parts, *first[1:]) if first[0] % parts == 0 else ()
+            entries = slice(index * target[0], (index + 1) * target[0])
+        if made != whole and (made != target or change is not None):
             problems.append(f"shape: {row[0]} has {first}, {key} needs {whole}")
-        items.append(Reading(row[0], key, slot))
+        items.append(dataclasses.replace(blank, name=row[0], entries=entries, change=change))
         return problems
     start = 0
     for name in row:
@@ -304,11 +330,19 @@ def _add_items(
         if not target or shape[1:] != target[1:] or not shape:
             problems.append(f"shape: {name} has {shape}, an expert of {key} needs {target}")
             return problems
-        items.append(Reading(name, key, slot, slice(start, start + shape[0])))
+        rows = slice(start, start + shape[0])
+        items.append(dataclasses.replace(blank, name=name, rows=rows))
         start += shape[0]
     if start != target[0]:
         problems.append(f"shape: {' + '.join(row)} have {start} rows, {key} needs {target[0]}")
     return problems
+
+
+def _made(change: Change, shape: tuple[int, ...], whole: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a change makes of a tensor of this one; none where it cannot be made."""
+    if len(shape) != len(whole) or (change.interleaved is not None and shape != whole):
+        return ()
+    return tuple(change(torch.empty(shape, device="meta"), whole).shape)
 
 
 def _refuse(balancer: Wrapped, problems: list[str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,17 +34,16 @@ class Reading:
         key: the model's.
         slot: the local slot that it fills, or None where the tensor has no slots.
         rows: the part of the slot that it fills, on dim 0; None is all.
-        expert: the logical expert in the slot.
-        fused: the checkpoint's tensor has all experts, in ``fused`` entries on dim 0 each; 0 if
-            it has one.
+        entries: those of the checkpoint's tensor on dim 0 that are read; None is all.
+        change: what is done to them, or None.
     """
 
     name: str
     key: str
     slot: int | None = None
     rows: slice | None = None
-    expert: int = 0
-    fused: int = 0
+    entries: slice | None = None
+    change: Callable[[torch.Tensor, Sequence[int]], torch.Tensor] | None = None
 
 
 class Checkpoint:
@@ -108,10 +107,8 @@ class Checkpoint:
                     nbytes = 0
                     while waiting and nbytes < REOPEN_BYTES:
                         item = waiting.popleft()
-                        if item.fused:
-                            part = file.get_slice(item.name)
-                            start = item.expert * item.fused
-                            value = part[start : start + item.fused]
+                        if item.entries is not None:
+                            value = file.get_slice(item.name)[item.entries]
                         else:
                             value = file.get_tensor(item.name)
                         nbytes += value.nbytes
