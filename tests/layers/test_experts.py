@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from support.models import Experts, ToyModel, TwoTowers
 from torch import nn
 
-from torch_eplb.layers.experts import ExpertLayer, LayerChoice, byte_view, find_layers
+from torch_eplb.layers.experts import (
+    ExpertLayer,
+    LayerChoice,
+    byte_view,
+    common_owner,
+    find_layers,
+)
 from torch_eplb.layers.spec import BoundArguments, LayerSpec, find_spec, register_layer
 
 
@@ -59,6 +65,17 @@ def test_a_choice_of_no_layer_says_which_there_are() -> None:
         find_layers(TwoTowers(), lambda name, module: False)
     with pytest.raises(ValueError, match=r"and 5 more$"):
         find_layers(ToyModel(num_layers=25), ["x"])
+
+
+def test_steps_are_forwards_of_the_smallest_part_with_two_moe_layers_or_of_the_model() -> None:
+    model = TwoTowers()
+    text = [f"text.layers.{i}.experts" for i in (0, 1)]
+    assert common_owner(model, text) is model.text
+    assert common_owner(model, text[:1]) is model.text  # as when the other one is not chosen
+    assert common_owner(model, [text[0], "vision.layers.1.experts"]) is model
+    model.text = ToyModel(num_layers=1)
+    assert common_owner(model, text[:1]) is model  # though its forward may leave it out
+    assert common_owner(model.text, ["layers.0.experts"]) is model.text
 
 
 def test_a_module_whose_tensors_do_not_match_its_experts_is_refused() -> None:

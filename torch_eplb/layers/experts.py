@@ -273,21 +273,33 @@ def common_owner(model: nn.Module, names: list[str]) -> nn.Module:
     """The smallest module with a forward of its own that holds all MoE layers.
 
     A model may be driven by other methods than its forward (one that generates calls a part of
-    itself); the smallest part that holds all layers has to be called all the same. Of a model with
-    one MoE layer it is the model: what is smaller may be called again for the backward pass.
+    itself); the smallest part that holds all layers has to be called all the same. It holds two MoE
+    layers at least, or is the model: what is smaller may be called again for the backward pass. So
+    where one layer was chosen of several, it is what holds the nearest other one as well.
     """
-    if len(names) < 2:
-        return model
-    shared = itertools.takewhile(
-        lambda parts: len(set(parts)) == 1,
-        zip(*(name.split(".")[:-1] for name in names), strict=False),
-    )
-    path = [parts[0] for parts in shared]
+    if len(names) > 1:
+        path = _shared_path(names)
+    else:
+        others = [
+            name
+            for name, module in model.named_modules()
+            if name not in names and find_spec(module) is not None
+        ]
+        path = max((_shared_path([*names, other]) for other in others), key=len, default=[])
     for length in range(len(path), 0, -1):
         module = model.get_submodule(".".join(path[:length]))
         if type(module).forward is not nn.Module.forward:
             return module
     return model
+
+
+def _shared_path(names: list[str]) -> list[str]:
+    """The names of the modules that all of these are in, from the outside in."""
+    shared = itertools.takewhile(
+        lambda parts: len(set(parts)) == 1,
+        zip(*(name.split(".")[:-1] for name in names), strict=False),
+    )
+    return [parts[0] for parts in shared]
 
 
 def byte_view(tensor: torch.Tensor) -> torch.Tensor:
