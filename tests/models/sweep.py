@@ -39,7 +39,7 @@ MOST_FORWARDS = 4000
 CLOSE = 1e-3
 """Of the largest output; float32, and sums in another order."""
 CHECKS = ("all_to_all", "all_reduce", "generate", "state", "load", "bf16")
-EQUAL = "equal"
+EQUAL, REFUSED = "equal", "refused: "
 OPTIONS: dict[str, Any] = {
     "policy": "random",
     "collect_interval": 2,
@@ -84,7 +84,7 @@ def sweep(names: list[str], folder: str, say: Callable[[str], None]) -> dict[str
             if not outcome.pop("complete", None):
                 outcome["ended"] = outcome.get("ended") or ended or "its processes have ended"
             found[name] = outcome
-            say(f"{name}: {outcome}")
+            say(f"{name}: {outcome.get('ended') or outcome.get('seconds', '?') + ' s'}")
         else:
             continue
         if not done:
@@ -177,20 +177,24 @@ def _try_model(rank: int, config_kind: Any, kind: Any, folder: Path, write: Any)
         write(**{"not run": "its output hardly depends on which expert is which"})
         return True
     for check in CHECKS:
-        outcome, error = "", None
+        outcome, error, refused = "", None, False
+        trial.wrapped = False
         try:
             outcome = getattr(trial, check)()
         except Exception as found:
             error = found
-            outcome = _said(found)
+            # By `wrap`, or by `load_pretrained`; whatever else is raised should not have been.
+            refused = isinstance(found, ValueError) and not trial.wrapped
+            refused |= check == "load" and "nothing was loaded" in str(found)
+            outcome = (REFUSED if refused else "") + _said(found)
+        write(**{check: outcome})
         everyone: list[Any] = [None, None]
         dist.all_gather_object(everyone, type(error).__name__)
-        write(**{check: outcome})
         if everyone[0] != everyone[1]:
             return False
         if error is not None and check in ("all_to_all", "all_reduce"):
-            if isinstance(error, ValueError) and not trial.wrapped:
-                return True  # refused
+            if refused:
+                return True
             trial.restore()
     return True
 
@@ -251,7 +255,7 @@ class Trial:
         return bool(error > 20 * CLOSE * max(1.0, float(expected.abs().max())))
 
     def restore(self) -> None:
-        self.model, self.wrapped = copy.deepcopy(self.reference), False
+        self.model = copy.deepcopy(self.reference)
 
     @contextlib.contextmanager
     def balanced(self, model: Any, **options: Any) -> Iterator[list[Any]]:

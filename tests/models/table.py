@@ -9,7 +9,7 @@ from dataclasses import dataclass
 MARK = "<!-- written by tests/models -->\n"
 CHECKS = ("all_to_all", "all_reduce", "generate", "state", "load", "bf16")
 _CELLS = {"equal": "=", "has none": "-", "": " "}
-_WRONG = ("Unlike", "other tokens", "EPLBError", "PeerLostError")
+_BEGINNINGS = {"refused: ": "refused", "the unwrapped model's raises ": "not run"}
 _CONVERTED = re.compile(r"transformers makes it of \S+ by (.*?), which is")
 _SENTENCE = 500
 
@@ -46,9 +46,9 @@ def _outcome(one: dict[str, str]) -> Outcome:
         if said in _CELLS or re.fullmatch(r"[\d.]+", said):
             cells.append(_CELLS.get(said, said))
             continue
-        wrong = said.startswith(_WRONG)
-        is_wrong |= wrong
-        cells.append("WRONG" if wrong else "refused")
+        fits = [cell for start, cell in _BEGINNINGS.items() if said.startswith(start)]
+        is_wrong |= not fits
+        cells.append(fits[0] if fits else "WRONG")
         notes.append(f"{check}: {_sentence(said)}")
     notes += [
         f"{why}: {_sentence(one[why])}" for why in ("not built", "not run", "ended") if why in one
@@ -58,7 +58,7 @@ def _outcome(one: dict[str, str]) -> Outcome:
 
 def _sentence(said: str) -> str:
     """The part of an error that says what it is about."""
-    text = re.sub(r"^\w+: ", "", said)
+    text = re.sub(r"^(refused: )?\w+: ", "", said)
     operations = sorted(set(_CONVERTED.findall(text)))
     if operations:
         return f"tensors of the checkpoint are converted by {', by '.join(operations)}"
@@ -73,7 +73,7 @@ def written(found: list[Outcome], seconds: float) -> str:
     good = sum(not one.notes for one in found)
     lines = [
         f"transformers {transformers}, torch {torch.partition('+')[0]} on the CPU, two ranks on 2 "
-        f"cores: {len(found)} models in {max(1, round(seconds / 60))} minutes, of which {good} "
+        f"cores: {len(found)} models in {max(1, round(seconds / 60))} min, of which {good} "
         "have no note.",
         "",
         f"| model | experts | {' | '.join(CHECKS)} | note |",
