@@ -148,6 +148,22 @@ def test_experts_of_these_classes_do_not_dispatch_by_themselves() -> None:
         torch_eplb.wrap(make_model("llama4_text"), dispatch="external")
 
 
+@pytest.mark.parametrize("name", ["llama4_text", "jetmoe"])
+def test_a_mask_of_tokens_is_refused_where_rows_are_others(name: str) -> None:
+    ids = ids_of(0)
+    with (
+        fake_process_group(world_size=1),
+        torch_eplb.wrap(make_model(name), policy="static") as balancer,
+        torch.no_grad(),
+    ):
+        balancer(ids)
+        with (
+            pytest.raises(ValueError, match=r"layer model\.layers\.0\..*which of them are padding"),
+            balancer.tokens(torch.ones_like(ids, dtype=torch.bool)),
+        ):
+            balancer(ids)
+
+
 def test_a_class_of_that_name_that_is_called_otherwise_is_not_taken_for_it() -> None:
     class Llama4TextExperts(nn.Module):
         num_experts = 4

@@ -37,6 +37,11 @@ class TokenMask:
     def __init__(self) -> None:
         self._mask: torch.Tensor | None = None
 
+    @property
+    def is_given(self) -> bool:
+        """Whether there is a mask of the forward under way."""
+        return self._mask is not None
+
     @contextlib.contextmanager
     def of(self, mask: torch.Tensor) -> Iterator[None]:
         """In the forwards inside, only rows that are true are counted."""

@@ -179,7 +179,18 @@ class Dispatch(BoundToRanks):
     def _tokens(
         self, num_tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> torch.Tensor | None:
-        """Which rows are counted, bool ``[T]``; None is all."""
+        """Which rows are counted, bool ``[T]``; None is all.
+
+        Raises:
+            ValueError: a mask is given, and the layer is called with rows that are no tokens.
+        """
+        form = self.layer.form
+        if form is not None and form.read is not None and self.context.tokens.is_given:
+            raise ValueError(
+                f"layer {self.layer.name}: a {type(self.layer.module).__name__} is called with "
+                "rows that are not the model's tokens in order, so that balancer.tokens(mask) "
+                "cannot say which of them are padding; leave it out"
+            )
         named = self.layer.arguments.find(self.layer.spec.token_mask, args, kwargs)
         return self.context.tokens.rows(num_tokens, named, self.layer.name)
 
