@@ -188,6 +188,61 @@ def test_shapes_that_a_change_cannot_make_right_are_told(
             load_converted("gpt_oss", sizes, [converter], saved, tmp_path)
 
 
+def test_what_has_no_experts_is_converted_by_transformers_own_operations(tmp_path: Path) -> None:
+    from transformers.core_model_loading import Chunk, Interleave, PermuteForRope, WeightConverter
+
+    sizes = {**EXPERTS, "num_key_value_heads": SMALL["num_attention_heads"]}
+    wanted = model_of("mixtral", 0, **sizes).state_dict()
+    parts = ["self_attn.k_proj.weight", "self_attn.v_proj.weight"]
+    converters = [
+        WeightConverter("self_attn.kv.weight", parts, [Interleave(dim=0), Chunk(dim=0)]),
+        WeightConverter("self_attn.wq.", "self_attn.q_proj.", [PermuteForRope()]),
+    ]
+    rope = PermuteForRope(inverse=True)
+    config = model_of("mixtral", 0, **sizes).config
+    saved = {key: value for key, value in wanted.items() if not key.endswith(tuple(parts))}
+    for layer in range(2):
+        head = f"model.layers.{layer}."
+        both = torch.cat([wanted[head + part] for part in parts])
+        (saved[f"{head}self_attn.kv.weight"],) = (
+            Interleave(dim=0, inverse=True).convert({"kv": both}, ["kv"], ["kv"]).values()
+        )
+        value = saved.pop(f"{head}self_attn.q_proj.weight")
+        (saved[f"{head}self_attn.wq.weight"],) = rope.convert(
+            {"q": value}, ["q"], ["q"], config=config
+        ).values()
+    loaded = load_converted("mixtral", sizes, converters, saved, tmp_path)
+    for key, value in wanted.items():
+        assert torch.equal(loaded[key], value), key
+    # What does not fit is told; whatever transformers' code would raise is not.
+    for name, shape in (("kv", (63, 32)), ("wq", (33, 32)), ("wq", (64, 32)), ("kv", ())):
+        wrong = {**saved, f"model.layers.1.self_attn.{name}.weight": torch.zeros(shape)}
+        with pytest.raises(RuntimeError, match=rf"shape: .*\.1\.self_attn\.{name}\.weight has \("):
+            load_converted("mixtral", sizes, converters, wrong, tmp_path)
+
+
+def test_projections_of_all_experts_that_are_concatenated_are_read_slice_by_slice(
+    tmp_path: Path,
+) -> None:
+    from transformers.core_model_loading import Concatenate, WeightConverter
+
+    wanted = model_of("mixtral", 0, **EXPERTS).state_dict()
+    leaf, parts = "experts.gate_up_proj", ["experts.gate.weight", "experts.up.weight"]
+    saved = dict(wanted)
+    for key in [key for key in wanted if key.endswith(leaf)]:
+        gate, up = saved.pop(key).chunk(2, dim=1)
+        for part, value in zip(parts, (gate, up), strict=True):
+            saved[key.removesuffix(leaf) + part] = value
+    converters = [WeightConverter(parts, leaf, [Concatenate(dim=1)])]
+    loaded = load_converted("mixtral", EXPERTS, converters, saved, tmp_path)
+    for key, value in wanted.items():
+        assert torch.equal(loaded[key], value), key
+    for name, shape in (("gate", (11, 16, 32)), ("up", (12, 15, 32)), ("up", (12, 16, 31))):
+        wrong = {**saved, f"model.layers.1.mlp.experts.{name}.weight": torch.zeros(shape)}
+        with pytest.raises(RuntimeError, match=rf"shape: .*\.1\.mlp\.experts\.{name}\.weight"):
+            load_converted("mixtral", EXPERTS, converters, wrong, tmp_path)
+
+
 def test_the_experts_of_text_and_vision_are_two_halves_of_one_list(tmp_path: Path) -> None:
     import transformers
     from transformers import Ernie4_5_VLMoeConfig, Ernie4_5_VLMoeForConditionalGeneration

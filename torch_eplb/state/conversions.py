@@ -8,9 +8,11 @@ Its names are taken over, and of its conversions those that a slot can be read b
     ERNIE's, of a list for text and vision    the same, of its first or second half
     concatenation on dim 0                    several names for a tensor that has no experts
     chunks on dim 0                           a part of a tensor, where there are no experts
-    transposition, interleaving               of whole tensors, or inside of each expert
+    transposition, interleaving               inside of each expert
+    concatenation on dim 1 of all experts'    one slice of each, one after the other
+    all others of one tensor                  of what has no experts, by transformers' own code
 
-Every other one permutes or splits values, and is refused by name.
+Every other one would need more than a slot has, and is refused by name.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Change", "Converted", "converted_names"]
+__all__ = ["Change", "Converted", "WholeChange", "converted_names"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,40 @@ class Change:
 
 
 @dataclass(frozen=True)
+class WholeChange:
+    """What a converter makes of a whole tensor that has no experts.
+
+    Attributes:
+        converter: transformers'.
+        target: which of its targets is wanted.
+        key: the model's name of the first one.
+        model: the model.
+    """
+
+    converter: Any
+    target: int
+    key: str
+    model: nn.Module
+
+    def __call__(self, value: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
+        """Its values, in whatever shape that gives."""
+        converter = self.converter
+        tensors: Any = {converter.source_patterns[0]: [value]}
+        for operation in converter.operations:
+            tensors = operation.convert(
+                tensors,
+                source_patterns=converter.source_patterns,
+                target_patterns=converter.target_patterns,
+                full_layer_name=self.key,
+                model=self.model,
+                config=self.model.config,
+                missing_keys=None,
+            )
+        result = tensors[converter.target_patterns[self.target]]
+        return result[0] if isinstance(result, list) else result
+
+
+@dataclass(frozen=True)
 class Converted:
     """What fills one of the model's tensors.
 
@@ -80,7 +116,7 @@ class Converted:
     by_expert: bool = False
     refused: str | None = None
     part: tuple[int, int] | None = None
-    change: Change | None = None
+    change: Change | WholeChange | None = None
 
     def row(self, expert: int | None) -> list[str]:
         return self.rows[expert] if self.by_expert and expert is not None else self.rows[0]
@@ -120,7 +156,7 @@ def converted_names(
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
     prefix, keys = getattr(model, "base_model_prefix", ""), dict(tensors)
     found: dict[str, dict[str | None, list[str]]] = {}
-    which: dict[str, int] = {}  # of a converter's targets
+    which: dict[str, tuple[int, str]] = {}  # of a converter's targets, and the first one
     # In natural order, because a module list is merged in the order in which it is read.
     for name in sorted(names, key=dot_natural_key):
         key, pattern = rename_source_key(name, renamings, converters, prefix, keys)
@@ -129,9 +165,9 @@ def converted_names(
         for index, target in enumerate(_targets(key, by_pattern.get(pattern or ""))):
             if target in tensors:
                 found.setdefault(target, {}).setdefault(pattern, []).append(name)
-                which[target] = index
+                which[target] = index, key
     return {
-        key: _convert(by_pattern, pieces, sizes.get(key), which[key])
+        key: _convert(model, by_pattern, pieces, sizes.get(key), *which[key])
         for key, pieces in found.items()
     }
 
@@ -157,18 +193,22 @@ def _mapping(model: nn.Module) -> list[Any]:
 
 
 def _convert(
+    model: nn.Module,
     by_pattern: Mapping[str, Any],
     pieces: Mapping[str | None, list[str]],
     sizes: tuple[int, ...] | None,
     target: int,
+    first: str,
 ) -> Converted:
     """What one tensor is filled by.
 
     Args:
+        model: the model.
         by_pattern: transformers' converters.
         pieces: by the pattern that chose them, or None without a converter, the names.
         sizes: entries on dim 0 that a checkpoint may have, if the tensor is indexed by expert.
         target: which of the converter's targets it is.
+        first: the first of these.
     """
     everything = [name for row in pieces.values() for name in row]
     if (len(pieces) > 1 and None in pieces) or len(pieces.get(None, ())) > 1:
@@ -182,14 +222,19 @@ def _convert(
         (type(operation).__name__, getattr(operation, "dim", None))
         for operation in converter.operations
     ]
+    absent = [pattern for pattern in converter.source_patterns if pattern not in pieces]
     num_targets = len(converter.target_patterns)
     if sizes is None and operations == [("Chunk", 0)] and len(everything) == 1:
         return Converted([everything], part=(target, num_targets))
     change = _change(converter, sizes is not None)
     if change is not None and len(everything) == 1:
         return Converted([everything], change=change)
+    if sizes is None and len(everything) == len(converter.source_patterns) == 1:
+        return Converted([everything], change=WholeChange(converter, target, first, model))
+    if sizes is not None and operations == [("Concatenate", 1)] and not absent:
+        if len(everything) == len(converter.source_patterns) and num_targets == 1:
+            return Converted([[pieces[pattern][0] for pattern in converter.source_patterns]])
     parts = [pieces[pattern] for pattern in converter.source_patterns if pattern in pieces]
-    absent = [pattern for pattern in converter.source_patterns if pattern not in pieces]
     merged = operations[:1] == [("MergeModulelist", 0)]
     if sizes is not None and _splits_lists(converter):
         each = [-(-len(part) // num_targets) for part in parts]

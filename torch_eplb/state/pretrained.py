@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from torch_eplb.files.paths import PathLike
-from torch_eplb.state.conversions import Change, Converted, converted_names
+from torch_eplb.state.conversions import Change, Converted, WholeChange, converted_names
 from torch_eplb.state.full import ExpertTensor, expert_tensors
 from torch_eplb.state.materialize import materialize
 from torch_eplb.state.safetensor_files import Checkpoint, Reading
@@ -62,8 +62,9 @@ def load_pretrained(
         torch_eplb.load_pretrained(model, folder)
 
     Peak host memory is that share (on the host) plus 16 MiB of mapped files, or the largest single
-    tensor read, where that is more. A model that has its weights is overwritten in place, every
-    replica, after a round of transfers in flight has been brought to its end.
+    tensor read (twice, if its mapping converts it), where that is more. A model that has its
+    weights is overwritten in place, every replica, after a round of transfers in flight has been
+    brought to its end.
 
     Collective. Missing and unknown keys, shapes and dtypes are compared on all ranks before
     anything is written. Values are converted between floating dtypes of 16 bits and more.
@@ -310,7 +311,8 @@ def _add_items(
     if len(row) == 1:
         whole = tuple(indexed.full_shape) if indexed is not None else target
         change = converted.change if converted is not None else None
-        made, entries = first, None
+        made: tuple[int, ...] | None = first
+        entries = None
         if change is not None:
             made = _made(change, first, whole)
         if indexed is not None and made == whole:
@@ -318,7 +320,7 @@ def _add_items(
             entries = slice((expert or 0) * each, ((expert or 0) + 1) * each)
         elif converted is not None and converted.part is not None and first and target:
             index, parts = converted.part
-            made = (first[0] // parts, *first[1:]) if first[0] % parts == 0 else ()
+            made = (first[0] // parts, *first[1:]) if first[0] % parts == 0 else None
             entries = slice(index * target[0], (index + 1) * target[0])
         if made != whole and (made != target or change is not None):
             problems.append(f"shape: {row[0]} has {first}, {key} needs {whole}")
@@ -326,23 +328,30 @@ def _add_items(
         return problems
     start = 0
     for name in row:
-        shape = shapes[name][0]
+        shape, entries = shapes[name][0], None
+        if indexed is not None and shape[:1] == (indexed.full_size,) and len(shape) > len(target):
+            shape, entries = shape[1:], slice(expert or 0, (expert or 0) + 1)
         if not target or shape[1:] != target[1:] or not shape:
             problems.append(f"shape: {name} has {shape}, an expert of {key} needs {target}")
             return problems
         rows = slice(start, start + shape[0])
-        items.append(dataclasses.replace(blank, name=name, rows=rows))
+        items.append(dataclasses.replace(blank, name=name, rows=rows, entries=entries))
         start += shape[0]
     if start != target[0]:
         problems.append(f"shape: {' + '.join(row)} have {start} rows, {key} needs {target[0]}")
     return problems
 
 
-def _made(change: Change, shape: tuple[int, ...], whole: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that a change makes of a tensor of this one; none where it cannot be made."""
-    if len(shape) != len(whole) or (change.interleaved is not None and shape != whole):
-        return ()
-    return tuple(change(torch.empty(shape, device="meta"), whole).shape)
+def _made(
+    change: Change | WholeChange, shape: tuple[int, ...], whole: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """The shape that a change makes of a tensor of this one; None where it cannot be made."""
+    if isinstance(change, Change) and len(shape) != len(whole):
+        return None
+    try:
+        return tuple(change(torch.empty(shape, device="meta"), whole).shape)
+    except Exception:  # transformers' code, or torch's, on what does not fit
+        return None
 
 
 def _refuse(balancer: Wrapped, problems: list[str]) -> None:
