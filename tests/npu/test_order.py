@@ -188,11 +188,13 @@ def test_the_hosts_table_changes_with_the_devices() -> None:
     run_on_npus(planned_on_the_host, 2, delays=False)
 
 
-def captured(rank: int, world_size: int) -> None:
-    model, plain = make("ExternalExperts")
-    balancer = wrap(model, dispatch="external")
+def captured(rank: int, world_size: int, dispatch: str, experts: str) -> None:
+    shared = dispatch == "all_reduce"
+    model, plain = make(experts)
+    options = {"max_tokens_per_rank": 8} if dispatch == "all_gather" else {}
+    balancer = wrap(model, dispatch=dispatch, **options)
     with torch.inference_mode():
-        x = skewed_batch(8, HIDDEN, rank).npu()
+        x = skewed_batch(8, HIDDEN, 0 if shared else rank).npu()
         balancer(x)
         torch.npu.synchronize()
         steps, graph = balancer.stats().step, torch.npu.NPUGraph()
@@ -200,7 +202,7 @@ def captured(rank: int, world_size: int) -> None:
             y = balancer(x)
         assert balancer.stats().step == steps
         for seed in range(3):
-            batch = skewed_batch(8, HIDDEN, 10 * seed + rank)
+            batch = skewed_batch(8, HIDDEN, 10 * seed + (0 if shared else rank))
             x.copy_(batch)
             balancer.step()
             if seed == 1:
@@ -208,11 +210,23 @@ def captured(rank: int, world_size: int) -> None:
             graph.replay()
             torch.testing.assert_close(y.cpu(), plain(batch), **CLOSE)
         assert balancer.stats().step == steps + 3
-    assert balancer.load()[0].sum() == 2 * 8 * 2 * 4  # layers, tokens, choices, forwards that ran
+    tokens = 8 * (world_size if dispatch == "all_gather" else 1)
+    # Layers, tokens that are counted here, choices, forwards that ran.
+    assert balancer.load()[0].sum() == 2 * tokens * 2 * 4
 
 
-def test_no_step_is_made_while_a_graph_is_captured_and_replays_see_the_moves() -> None:
-    run_on_npus(captured, 2, delays=False)
+@pytest.mark.parametrize(
+    ("dispatch", "experts"),
+    [
+        ("external", "ExternalExperts"),
+        ("all_reduce", "SentinelExperts"),
+        ("all_gather", "SentinelExperts"),
+    ],
+)
+def test_no_step_is_made_while_a_graph_is_captured_and_replays_see_the_moves(
+    dispatch: str, experts: str
+) -> None:
+    run_on_npus(captured, 2, dispatch, experts, delays=False)
 
 
 def moved_to_host(rank: int, world_size: int) -> None:
