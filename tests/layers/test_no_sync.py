@@ -1,4 +1,4 @@
-"""A forward reads nothing back from a device but what is named here, and mixes no devices.
+"""Forward and backward read nothing back from a device but what is named here.
 
 The hooks run on fake tensors: they have a device, a dtype and a shape, and no values. Whatever
 would make the host wait for values is noted with its place, and answered, and so are copies from
@@ -35,7 +35,7 @@ COUNTS = "layers/all_to_all.py:_choose_together"
 LOCAL = "routing/rows.py:arrivals"
 LARGEST = "layers/all_gather.py:_ask"
 
-# dispatch, replica choice, experts, further options; what a layer's forward reads back, in order.
+# dispatch, replica choice, experts, further options; what a layer reads back, in order.
 READS: list[tuple[str, str, str, dict[str, Any], list[str]]] = [
     ("all_to_all", "batch", "plain", {}, [COUNTS, SIZES]),
     ("all_to_all", "batch", "plain", {"cost": (300.0, 1.0)}, [COUNTS, SIZES]),
@@ -179,15 +179,20 @@ def forwards(rank: int, world_size: int, device: str, dispatch: str) -> list[lis
 
 
 def reads(device: str, dispatch: Any, choice: Any, kind: str, options: Any) -> list[str]:
-    """What one forward of a model on a fake device reads back."""
+    """What a layer's forward and backward read back on a fake device."""
     model = nn.ModuleList(KINDS[kind]() for _ in range(LAYERS))
     balancer = torch_eplb.wrap(
-        model, dispatch=dispatch, replica_choice=choice, num_redundant_experts=4, **options
+        model,
+        dispatch=dispatch,
+        replica_choice=choice,
+        num_redundant_experts=4,
+        allow_training_with_moves=True,
+        **options,
     )
     balancer.engine.comm.device = torch.device(device, 0)
     context: Any = balancer.engine._dispatches[0].context
     slots_EM = context.tables.slots_LEM[0].numpy().copy()
-    with FakeTensorMode() as mode, torch.no_grad():
+    with FakeTensorMode() as mode:
 
         def fake(tensor: torch.Tensor) -> torch.Tensor:
             return mode.from_tensor(tensor).detach().to(balancer.engine.comm.device)
@@ -206,14 +211,15 @@ def reads(device: str, dispatch: Any, choice: Any, kind: str, options: Any) -> l
                 setattr(experts, name, nn.Parameter(fake(parameter)))
             for name, buffer in list(experts.named_buffers()):
                 setattr(experts, name, fake(buffer))
-        x = torch.zeros(TOKENS, HIDDEN, device=device)
+        x = torch.zeros(TOKENS, HIDDEN, device=device, requires_grad=True)
         ids = torch.zeros(TOKENS, TOP_K, dtype=torch.int64, device=device)
-        weights = torch.zeros(TOKENS, TOP_K, device=device)
+        weights = torch.zeros(TOKENS, TOP_K, device=device, requires_grad=True)
         with Reads() as found, OnHost(mode, slots_EM, found):
             places = []
             for experts in model:
                 y = experts(x, ids, weights)
                 assert (y.shape, y.device) == (x.shape, x.device)
+                y.sum().backward()
                 places.append(found.places.copy())
                 found.places.clear()
     balancer.engine.release()
@@ -228,9 +234,7 @@ def ways(dispatch: str) -> list[tuple[str, str, str, dict[str, Any], list[str]]]
 # Integers are computed with in 32 bits on NPUs, and in 64 on any other device.
 @pytest.mark.parametrize("device", ["npu", "gpu"])
 @pytest.mark.parametrize("dispatch", sorted({way[0] for way in READS}))
-def test_a_forward_reads_back_what_is_documented_and_nothing_else(
-    device: str, dispatch: str
-) -> None:
+def test_a_layer_reads_back_what_is_documented_and_nothing_else(device: str, dispatch: str) -> None:
     (found,) = run_ranks(forwards, 1, device, dispatch, backend="")
     assert {str(way[:4]): places for way, places in zip(ways(dispatch), found, strict=True)} == {
         str(way[:4]): way[4] for way in ways(dispatch)
