@@ -159,6 +159,8 @@ def test_token_counts_are_no_experts_tensor() -> None:
         torch_eplb.register_layer(Sets, token_counts="up", tensors=["up"])
     with pytest.raises(TypeError, match="got int"):
         torch_eplb.register_layer(Sets, token_counts=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"extra_repr is bound to an object, .*\(module, output\)"):
+        torch_eplb.register_layer(Sets, token_counts=told.extra_repr)  # type: ignore[arg-type]
 
 
 class Brought(Experts):

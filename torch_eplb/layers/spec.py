@@ -180,6 +180,11 @@ def _check_token_counts(
             "token_counts must be the name of an attribute or a function of the module and its "
             f"output, got {type(token_counts).__name__}"
         )
+    if inspect.ismethod(token_counts):
+        raise TypeError(
+            f"token_counts={token_counts.__qualname__} is bound to an object, which would be asked "
+            "for all layers of the class: pass a function (module, output)"
+        )
     if token_mask is not None:
         raise ValueError(
             f"token_mask={token_mask!r} and token_counts={token_counts!r}: which of the tokens "
