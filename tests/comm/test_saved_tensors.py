@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.versions import needs_known_hooks
 from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
 
 from torch_eplb.comm.saved_tensors import without_saved_tensors_hooks
+
+pytestmark = needs_known_hooks
 
 seen: list[str] = []
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from support.models import QUICK, ToyModel, skewed_batch
 from support.ranks import run_ranks
+from support.versions import UNSORTED, needs_unsorted
 
 import torch_eplb
 from torch_eplb.files.trace import read_trace
@@ -47,19 +48,20 @@ def test_a_part_of_the_world_wraps_again_and_again_whatever_other_groups_there_a
 def serve_side_by_side(rank: int, world_size: int) -> list[int]:
     # Interleaved, and the second in descending order; both at once.
     first = dist.new_group([0, 2])
-    second = dist.new_group([3, 1], sort_ranks=False)
+    second = dist.new_group([3, 1], **UNSORTED)
     mine = first if rank % 2 == 0 else second
     serve(mine, rank)
     with torch_eplb.wrap(ToyModel(), mine, timeout=30) as balancer:
         return balancer.engine.comm.global_ranks
 
 
+@needs_unsorted
 def test_groups_side_by_side_interleaved_and_in_any_order_balance_by_themselves() -> None:
     assert run_ranks(serve_side_by_side, 4) == [[0, 2], [3, 1], [0, 2], [3, 1]]
 
 
 def record_in_another_order(rank: int, world_size: int, path: str) -> None:
-    group = dist.new_group([1, 0], sort_ranks=False)
+    group = dist.new_group([1, 0], **UNSORTED)
     serve(group, rank, tokens=4 if rank == 0 else 8, record_path=path)
     dist.barrier()
     if rank == 0:
@@ -68,6 +70,7 @@ def record_in_another_order(rank: int, world_size: int, path: str) -> None:
         assert counts[0] == 2 * counts[1]
 
 
+@needs_unsorted
 def test_a_trace_speaks_of_the_groups_ranks(tmp_path: Path) -> None:
     run_ranks(record_in_another_order, 2, str(tmp_path / "trace.npz"))
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from support.models import SMALL, ToyModel, skewed_batch
 from support.moving import CLOSE, Ordinary, assert_every_slot, in_flight, serve_until, wrap
 from support.ranks import preload, run_ranks
+from support.versions import ALONE, needs_grouped
 from torch import nn
 
 import torch_eplb
@@ -76,6 +77,7 @@ def generate(rank: int, world_size: int, folder: str) -> None:
         balancer.close()
 
 
+@needs_grouped  # transformers' own forward
 def test_greedy_tokens_equal_those_of_the_model_loaded_the_ordinary_way(tmp_path: Path) -> None:
     for name in MODELS:
         model = on_meta(name)
@@ -220,7 +222,7 @@ def into_meta_and_over(rank: int, world_size: int, folder: str, path: str) -> No
 def test_checkpoints_of_other_names_fill_models_with_and_without_weights(tmp_path: Path) -> None:
     model = Masked(seed=5)
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    dcp.save({"model": state}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    dcp.save({"model": state}, checkpoint_id=tmp_path / "dcp", **ALONE)
     state["output"] = state.pop("head.weight")
     del state["tied.weight"]
     for key in [key for key in state if key.endswith("gate_up_proj")]:

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from support.models import Experts
+from support.versions import needs_grouped
 from torch import nn
 
 import torch_eplb
 from torch_eplb.testing import fake_process_group
+
+pytestmark = needs_grouped
 
 
 class Fused(nn.Module):

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.life_wrapped import Company, Wrapped
+from support.versions import UNSORTED
 
 import torch_eplb
 
@@ -34,7 +35,7 @@ def make_groups(rank: int) -> dict[str, tuple[int, dist.ProcessGroup]]:
     found = {}
     for kind, members in GROUPS.items():
         for number, ranks in enumerate(members):
-            group = dist.new_group(ranks, sort_ranks=False)
+            group = dist.new_group(ranks, **UNSORTED)
             if rank in ranks:
                 found[kind] = number, group
     return found
