@@ -21,7 +21,7 @@ from support.moving import (
 )
 from support.moving import Ordinary as Plain
 from support.ranks import run_ranks
-from support.versions import ALONE
+from support.versions import ALONE, COPIES_FIRST
 from torch import nn
 
 import torch_eplb
@@ -91,7 +91,7 @@ def save(rank: int, world_size: int, path: str) -> None:
         # Asynchronously: the weights may change as soon as the call has returned.
         serve_until(lambda: in_flight(balancer), balancer, rank)
         future = dcp.async_save({"model": ShardedState(balancer)}, checkpoint_id=path + ".async")
-        for tensor in balancer.engine.layers[0].tensors():
+        for tensor in balancer.engine.layers[0].tensors() if COPIES_FIRST else ():
             tensor.detach().zero_()
         future.result()
         # A state is good for as long as nothing has moved.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from typing import Any
 
@@ -11,7 +12,14 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.nn import functional as F
 
-__all__ = ["ALONE", "UNSORTED", "needs_grouped", "needs_known_hooks", "needs_unsorted"]
+__all__ = [
+    "ALONE",
+    "COPIES_FIRST",
+    "UNSORTED",
+    "needs_grouped",
+    "needs_known_hooks",
+    "needs_unsorted",
+]
 
 
 def _known(function: Any, **options: Any) -> dict[str, Any]:
@@ -22,6 +30,11 @@ def _known(function: Any, **options: Any) -> dict[str, Any]:
 
 ALONE = _known(dcp.save, no_dist=True)
 """DCP in one process of a group; outside of a group nothing need be said."""
+
+COPIES_FIRST = (
+    importlib.util.find_spec("torch.distributed.checkpoint._state_dict_stager") is not None
+)
+"""Whether ``dcp.async_save`` copies tensors that are on the host before it returns."""
 
 UNSORTED = _known(dist.new_group, sort_ranks=False)
 """Groups whose ranks keep the order that they are given in."""
