@@ -9,13 +9,8 @@ from hypothesis import strategies as st
 from support.models import Experts, ToyModel, TwoTowers
 from torch import nn
 
-from torch_eplb.layers.experts import (
-    ExpertLayer,
-    LayerChoice,
-    byte_view,
-    common_owner,
-    find_layers,
-)
+from torch_eplb.layers.experts import ExpertLayer, LayerChoice, common_owner, find_layers
+from torch_eplb.layers.slots import Stacked, byte_view
 from torch_eplb.layers.spec import BoundArguments, LayerSpec, find_spec, register_layer
 
 
@@ -156,7 +151,7 @@ def test_sharding_keeps_the_named_experts_and_restoring_gives_them_back() -> Non
         assert torch.equal(tensor, full[name][[5, 0, 2]])
     assert isinstance(model.gate_up_proj, nn.Parameter)
     assert not isinstance(model.scale, nn.Parameter)
-    layer.restore([full[name] for name in layer.tensor_names])
+    layer.restore([Stacked(full[name]) for name in layer.tensor_names])
     assert model.num_experts == 6
     assert all(torch.equal(full[name], t) for name, t in model.state_dict().items())
 
@@ -225,7 +220,7 @@ def test_an_optimizer_made_before_sharding_goes_on_changing_the_experts() -> Non
     # What was computed with the full tensor cannot be taken for what it holds now.
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         graph.backward()
-    layer.restore(full)
+    layer.restore([Stacked(tensor) for tensor in full])
     assert all(getattr(model, name) is parameter for name, parameter in held.items())
     assert model.down_proj.grad is None
 

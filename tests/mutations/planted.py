@@ -161,6 +161,20 @@ FAULTS = (
         "distributed/test_kinds_of_experts.py",
     ),
     _fault(
+        "replicas-in-a-list-are-one-tensor",
+        "layers/slots.py",
+        "                if expert in used or entry.is_inference():",
+        "                if entry.is_inference():",
+        "layers/test_slots.py",
+    ),
+    _fault(
+        "entries-of-lists-may-share-memory",
+        "layers/refusals.py",
+        "        if span[0] == last[0] and span[1] < last[2] and (",
+        "        if span[0] == last[0] and span[1] < 0 and (",
+        "layers/test_slots.py",
+    ),
+    _fault(
         "the-sentinel-is-never-asked-for-again",
         "layers/spec.py",
         'return implementation not in ("eager", None)',
@@ -404,7 +418,7 @@ FAULTS = (
     _fault(
         "staged-experts-not-written",
         "migration/exchange.py",
-        "                _copy_bytes(slot, landing)",
+        "                write_bytes(slot, landing)",
         "                pass",
         "distributed/test_migration.py",
     ),
@@ -512,6 +526,20 @@ FAULTS = (
         "faults/test_lives.py::test_a_model_that_was_recomputed_as_a_whole_can_be_dropped",
     ),
     # ---- state --------------------------------------------------------------------------------
+    _fault(
+        "lists-are-loaded-by-slot",
+        "state/full.py",
+        "        if keys[0] in full:",
+        "        if False:",
+        "distributed/test_listed_experts.py::test_state_of_lists_is_logical_or_refused",
+    ),
+    _fault(
+        "lists-are-saved-by-slot",
+        "state/full.py",
+        "for e, entry in enumerate(full.tensors)",
+        "for e, entry in enumerate(tensor.part.tensors)",
+        "distributed/test_listed_experts.py::test_state_of_lists_is_logical_or_refused",
+    ),
     _fault(
         "aliases-gathered-twice",
         "state/full.py",

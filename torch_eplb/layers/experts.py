@@ -3,6 +3,8 @@
 After `ExpertLayer.shard`, every expert-indexed tensor of the layer has one entry per local slot:
 
     logical [8, ...]  ->  rank 0 of 2, slots (0, 1, 2, 3, 0): [5, ...]
+
+So has every list with a tensor per expert; `torch_eplb.layers.slots` makes the two one.
 """
 
 from __future__ import annotations
@@ -22,16 +24,26 @@ from torch_eplb.layers.refusals import (
     in_norm,
     refuse_offloaded,
     refuse_parts,
+    refuse_shared_entries,
     refuse_tied,
+)
+from torch_eplb.layers.slots import (
+    Listed,
+    SlotTensors,
+    Stacked,
+    byte_view,
+    entry_layout,
+    in_tiles,
+    is_list,
+    read_bytes,
+    tile_format,
 )
 from torch_eplb.layers.spec import BoundArguments, LayerSpec, find_spec, skips_sentinel
 
 _FULL = "full_experts"
 """Attribute of a module with a form of its own: the experts that its callers know."""
-_NPU_PLAIN_FORMATS = (-1, 0, 1, 2, 27, 30)
-"""ND and its names for images: elements lie in memory as their strides say."""
 
-__all__ = ["ExpertLayer", "LayerChoice", "byte_view", "common_owner", "find_layers"]
+__all__ = ["ExpertLayer", "LayerChoice", "common_owner", "find_layers"]
 
 LayerChoice = Sequence[str] | Callable[[str, nn.Module], bool] | None
 """Which MoE layers: names or patterns of their experts modules, a function that is asked about each
@@ -46,7 +58,8 @@ class ExpertLayer:
         module: the experts module.
         num_experts: logical experts E.
         num_zero_experts: zero-compute experts Z, with ids E..E+Z-1.
-        tensor_names: dotted names, relative to the module, of the tensors indexed by expert.
+        tensor_names: dotted names, relative to the module, of what is indexed by expert: tensors,
+            or lists of them.
         full_sizes: of each, the entries on dim 0 in the unwrapped module: E, or E + Z where it has
             unused ones for the zero-compute experts (transformers' LongCat-Flash). Nobody reads
             those: they are dropped, and zeros where the full tensor is made again.
@@ -70,20 +83,34 @@ class ExpertLayer:
         self.tensor_names = _expert_tensor_names(self)
         with_zero = self.num_experts + self.num_zero_experts
         self.full_sizes = [
-            with_zero if tensor.shape[:1] == (with_zero,) else self.num_experts
-            for tensor in self.tensors()
+            with_zero if len(part) == with_zero else self.num_experts for part in self.parts()
         ]
         self._expert_parallel = getattr(module, "_is_expert_parallel", None)
 
-    def tensors(self) -> list[torch.Tensor]:
-        """The live tensors ``[local slots, ...]``, in the order of ``tensor_names``."""
-        return [self._tensor(name) for name in self.tensor_names]
+    def parts(self) -> list[SlotTensors]:
+        """What is indexed by expert, by slot, in the order of ``tensor_names``."""
+        return [self._part(name) for name in self.tensor_names]
 
-    def _tensor(self, name: str) -> torch.Tensor:
-        tensor = _get_tensor(self.module, name)
+    def tensors(self) -> list[torch.Tensor]:
+        """The live tensors: ``[local slots, ...]`` each, and of lists all entries.
+
+        In the order of ``tensor_names``.
+        """
+        return [tensor for part in self.parts() for tensor in part.tensors]
+
+    def named_tensors(self) -> list[tuple[str, torch.Tensor]]:
+        """The same with their names; entry s of a list ``up`` is ``up.s``."""
+        return [
+            (f"{name}.{slot}" if isinstance(part, Listed) else name, tensor)
+            for name, part in zip(self.tensor_names, self.parts(), strict=True)
+            for slot, tensor in enumerate(part.tensors)
+        ]
+
+    def _part(self, name: str) -> SlotTensors:
+        part = _get_part(self.module, name)
         if self.is_flat and not self._is_sharded:
-            return tensor.unflatten(0, (self.num_experts, -1))
-        return tensor
+            return Stacked(part.tensors[0].unflatten(0, (self.num_experts, -1)))
+        return part
 
     @property
     def is_flat(self) -> bool:
@@ -93,17 +120,26 @@ class ExpertLayer:
     @property
     def expert_bytes(self) -> int:
         """Bytes of one expert over all its tensors."""
-        return sum(tensor.nbytes // tensor.shape[0] for tensor in self.tensors())
+        return sum(part.slot_nbytes for part in self.parts())
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether experts lie in the NPU's own order, so that nothing is received into them."""
+        return any(in_tiles(part.tensors[0]) for part in self.parts())
+
+    def slot(self, slot: int) -> list[torch.Tensor]:
+        """One slot's tensors, in place."""
+        return [part.slot(slot) for part in self.parts()]
 
     def slot_bytes(self, slot: int) -> list[torch.Tensor]:
-        """The memory of one slot: a flat uint8 view per tensor."""
-        return [byte_view(tensor[slot]) for tensor in self.tensors()]
+        """What is in one slot, flat uint8 per tensor: a view, or a copy of tensors in tiles."""
+        return [read_bytes(tensor) for tensor in self.slot(slot)]
 
     def layout(self) -> list[str]:
         """Dtype, shape and strides of one expert's tensors, for comparing ranks."""
         return [
-            f"{name}:{t.dtype}:{tuple(t.shape[1:])}:{t.stride()[1:]}"
-            for name, t in zip(self.tensor_names, self.tensors(), strict=True)
+            f"{name}:{part.layout}"
+            for name, part in zip(self.tensor_names, self.parts(), strict=True)
         ]
 
     @property
@@ -113,9 +149,8 @@ class ExpertLayer:
 
     def shard(self, experts: Sequence[int]) -> None:
         """Keep only the given logical experts, one per local slot, and free the others."""
-        index = torch.tensor(list(experts), dtype=torch.int64)
         for name in self.tensor_names:
-            _set_tensor(self.module, name, _select(self._tensor(name), index))
+            _set_part(self.module, name, self._part(name).select(experts))
         self._is_sharded = True
 
     def compute_locally(self, num_slots: int) -> None:
@@ -154,10 +189,11 @@ class ExpertLayer:
         assert self.form is not None
         return self.form.compute(self.module, hidden_states, top_k_index[:, 0])
 
-    def restore(self, full: Sequence[torch.Tensor]) -> None:
-        """Put full tensors ``[experts, ...]`` back and forget that the layer was sharded."""
-        for name, tensor in zip(self.tensor_names, full, strict=True):
-            _set_tensor(self.module, name, tensor.flatten(0, 1) if self.is_flat else tensor)
+    def restore(self, full: Sequence[SlotTensors]) -> None:
+        """Put what has all experts back and forget that the layer was sharded."""
+        for name, part in zip(self.tensor_names, full, strict=True):
+            whole = Stacked(part.tensors[0].flatten(0, 1)) if self.is_flat else part
+            _set_part(self.module, name, whole)
         self._is_sharded = False
         if self._adapting is not None:
             self._adapting.remove()
@@ -227,7 +263,17 @@ def find_layers(
         {
             f"{layer.name}.{name}": tensor
             for layer in layers
-            for name, tensor in zip(layer.tensor_names, layer.tensors(), strict=True)
+            for name, tensor in layer.named_tensors()
+        },
+    )
+    refuse_shared_entries(
+        model,
+        {
+            f"{layer.name}.{name}.{slot}".lstrip("."): entry
+            for layer in layers
+            for name, part in zip(layer.tensor_names, layer.parts(), strict=True)
+            if isinstance(part, Listed)
+            for slot, entry in enumerate(part.tensors)
         },
     )
     return layers
@@ -302,37 +348,23 @@ def _shared_path(names: list[str]) -> list[str]:
     return [parts[0] for parts in shared]
 
 
-def byte_view(tensor: torch.Tensor) -> torch.Tensor:
-    """A flat uint8 view of a tensor's memory, in the order of its strides.
-
-    >>> byte_view(torch.zeros(2, 3, dtype=torch.float16).t()).shape
-    torch.Size([12])
-
-    Raises:
-        ValueError: the tensor has gaps or overlaps, so its bytes cannot be moved in one piece.
-    """
-    tensor = tensor.detach()
-    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    dense = tensor.permute(order)
-    if not dense.is_contiguous():
-        raise ValueError(
-            f"an expert's tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} is "
-            "not dense in memory; make it contiguous before wrapping"
-        )
-    return dense.reshape(-1).view(torch.uint8)
-
-
 def _expert_tensor_names(layer: ExpertLayer) -> list[str]:
     """Names of the tensors indexed by expert, checked."""
     module, spec, where = layer.module, layer.spec, layer.name or type(layer.module).__name__
     found = dict(_named_tensors(module))
     if spec.tensors is not None:
-        missing = [name for name in spec.tensors if name not in found]
-        if missing:
-            raise ValueError(
-                f"layer {where} has no tensor {missing[0]!r}; it has {', '.join(found)}"
-            )
         names = list(spec.tensors)
+        for name in names:
+            held = found[name] if name in found else _find(module, name)
+            if is_list(held):
+                _check_list(f"layer {where}: {name}", list(held))
+            elif not isinstance(held, torch.Tensor) or name not in found:
+                what = "" if held is None else f" (it is a {type(held).__name__})"
+                raise ValueError(
+                    f"layer {where} has no tensor {name!r}{what}; it has {', '.join(found)}. "
+                    "Experts that are held one by one must be in a ParameterList, or in a list or "
+                    "tuple of tensors"
+                )
     else:
         sizes = (layer.num_experts, layer.num_experts + layer.num_zero_experts)
         names = [
@@ -354,6 +386,8 @@ def _expert_tensor_names(layer: ExpertLayer) -> list[str]:
                 "torch_eplb.register_layer"
             )
     for name in names:
+        if name not in found:
+            continue  # a list, which has been looked at
         tensor = found[name]
         if type(tensor) not in (torch.Tensor, nn.Parameter):
             raise ValueError(
@@ -368,18 +402,50 @@ def _expert_tensor_names(layer: ExpertLayer) -> list[str]:
 
 def _refuse_tiles(what: str, tensor: torch.Tensor) -> None:
     """NPUs may hold matrices in tiles, all of them together: then no slot is a piece of memory."""
-    if tensor.device.type != "npu":
-        return
-    import torch_npu
+    number = tile_format(tensor)
+    if number is not None:
+        import torch_npu
 
-    number = int(torch_npu.get_npu_format(tensor))
-    if number not in _NPU_PLAIN_FORMATS:
         raise ValueError(
             f"{what} is in the NPU's storage format {torch_npu.Format(number).name} ({number}), "
             "whose experts cannot be moved byte by byte. Cast it before wrapping with "
             "torch_npu.npu_format_cast(tensor, torch_npu.Format.ND), and let nothing cast it back "
-            "(vLLM-Ascend does unless VLLM_ASCEND_ENABLE_NZ=0)"
+            "(vLLM-Ascend does unless VLLM_ASCEND_ENABLE_NZ=0); or hold experts as a list with a "
+            "tensor for each, which may be in that format"
         )
+
+
+def _find(module: nn.Module, name: str) -> Any:
+    """The attribute of a dotted name, or None."""
+    value: Any = module
+    for leaf in name.split("."):
+        value = getattr(value, leaf, None)
+    return value
+
+
+def _check_list(what: str, entries: Sequence[Any]) -> None:
+    """Refuse a list whose entries cannot take each other's place."""
+    if not entries:
+        raise ValueError(f"{what} is an empty list; it needs a tensor for each local slot")
+    for slot, entry in enumerate(entries):
+        if type(entry) not in (torch.Tensor, nn.Parameter):
+            raise ValueError(
+                f"{what}.{slot} is a {type(entry).__name__}; the entries must be plain tensors, "
+                "one for each local slot"
+            )
+        if entry.is_meta:
+            raise ValueError(
+                f"{what}.{slot} is on the meta device: experts that are held one by one must have "
+                "their weights before wrapping"
+            )
+        if (entry.device, entry_layout(entry)) != (entries[0].device, entry_layout(entries[0])):
+            raise ValueError(
+                f"{what}.{slot} is {entry_layout(entry)} on {entry.device}, but {what}.0 is "
+                f"{entry_layout(entries[0])} on {entries[0].device} (dtype, shape, strides): "
+                "experts take each other's place, so all entries must be alike"
+            )
+        if not in_tiles(entry):
+            byte_view(entry)
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -387,9 +453,30 @@ def _named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from module.named_buffers()
 
 
-def _get_tensor(module: nn.Module, name: str) -> torch.Tensor:
+def _get_part(module: nn.Module, name: str) -> SlotTensors:
     path, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(path), leaf)
+    held: Any = getattr(module.get_submodule(path), leaf)
+    return Stacked(held) if isinstance(held, torch.Tensor) else Listed(held)
+
+
+def _set_part(module: nn.Module, name: str, part: SlotTensors) -> None:
+    if isinstance(part, Stacked):
+        _set_tensor(module, name, part.tensors[0])
+        return
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    present: Any = getattr(owner, leaf)
+    like = present[0]
+    entries: list[torch.Tensor] = [
+        nn.Parameter(entry, requires_grad=like.requires_grad)
+        if isinstance(like, nn.Parameter) and not isinstance(entry, nn.Parameter)
+        else entry
+        for entry in part.tensors
+    ]
+    if isinstance(present, list):
+        present[:] = entries
+    else:
+        setattr(owner, leaf, type(present)(entries))
 
 
 def _set_tensor(module: nn.Module, name: str, value: torch.Tensor) -> None:
@@ -414,24 +501,3 @@ def _set_tensor(module: nn.Module, name: str, value: torch.Tensor) -> None:
             present.grad = None  # it was one for other entries
             # A graph that saved it before must not use what it holds now.
             torch.autograd.graph.increment_version(present)
-
-
-def _select(full: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """``full[index]`` with the strides that each entry of ``full`` has."""
-    # Experts are written in place later: they must not be born as inference tensors.
-    with torch.inference_mode(False), torch.no_grad():
-        return _copy_entries(full, index)
-
-
-def _copy_entries(full: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    shape = (len(index), *full.shape[1:])
-    if full.dim() < 2 or full[0].is_contiguous():
-        result = torch.empty(shape, dtype=full.dtype, device=full.device)
-    else:
-        stride = (full[0].numel(), *full.stride()[1:])
-        result = torch.empty_strided(shape, stride, dtype=full.dtype, device=full.device)
-    if not full.is_meta:
-        # Byte-sized floats and packed integers have no index_select on every device; slots do.
-        for slot, expert in enumerate(index.tolist()):
-            result[slot].copy_(full[expert])
-    return result

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from torch_eplb.comm.communicator import Communicator
-from torch_eplb.layers.experts import ExpertLayer, byte_view
+from torch_eplb.layers.experts import ExpertLayer
+from torch_eplb.layers.slots import SlotTensors, byte_view, in_tiles, read_bytes, write_bytes
 
 _WHAT = (
     "gathering the experts (every rank has to call it: where a program saves from rank 0 only, as "
@@ -21,7 +22,7 @@ _WHAT = (
     "torch_eplb.full_state_dict(balancer, rank0_only=True) or unwrap() on every rank instead)"
 )
 
-__all__ = ["empty_full", "gather_layer", "gather_tensor"]
+__all__ = ["gather_layer", "gather_tensor"]
 
 
 def gather_layer(
@@ -29,8 +30,8 @@ def gather_layer(
     experts: NDArray[np.int32],
     live: NDArray[np.bool_],
     comm: Communicator,
-) -> list[torch.Tensor]:
-    """A layer's full tensors, ``[experts, ...]`` each, on every rank. Collective.
+) -> list[SlotTensors]:
+    """What a layer has per expert, of all experts, on every rank. Collective.
 
     Args:
         layer: the sharded layer.
@@ -42,19 +43,19 @@ def gather_layer(
         PeerLostError: a rank did not come within the time limit.
     """
     full = []
-    for tensor, size in zip(layer.tensors(), layer.full_sizes, strict=True):
-        result = empty_full(tensor, size, tensor.device)
-        gather_tensor(tensor, experts, live, comm, result)
+    for part, size in zip(layer.parts(), layer.full_sizes, strict=True):
+        result = part.empty(size, part.tensors[0].device)
+        gather_tensor(part, experts, live, comm, result)
         full.append(result)
     return full
 
 
 def gather_tensor(
-    tensor: torch.Tensor,
+    part: SlotTensors,
     experts: NDArray[np.int32],
     live: NDArray[np.bool_],
     comm: Communicator,
-    result: torch.Tensor | None,
+    result: SlotTensors | None,
     scratch: torch.Tensor | None = None,
 ) -> None:
     """Fill ``result`` with one expert-indexed tensor in logical order. Collective.
@@ -63,11 +64,11 @@ def gather_tensor(
     open connections (with NCCL and HCCL: buffers) that the model's group may not have.
 
     Args:
-        tensor: ``[slots, ...]``, this rank's.
+        part: this rank's slots.
         experts, live, comm: see `gather_layer`.
-        result: ``[experts, ...]`` with the strides of `empty_full`, on any device, or None to pass
-            the experts on and keep none. May differ between ranks. Entries beyond become zeros.
-        scratch: flat uint8 for one expert's tensor at least, on the device of ``tensor``; needed
+        result: ``part.empty(experts, device)`` on any device, or None to pass the experts on and
+            keep none. May differ between ranks. Entries beyond become zeros.
+        scratch: flat uint8 for one expert's tensor at least, on the device of ``part``; needed
             where ``result`` is not on that device.
 
     Raises:
@@ -75,41 +76,45 @@ def gather_tensor(
     """
     comm.check_process()
     held = np.where(live, experts, -1)
-    in_place = result is not None and result.device == tensor.device
+    first = part.tensors[0]
+    tiles = in_tiles(first)
+    here = result is not None and result.tensors[0].device == first.device
+    in_place = here and not tiles
+    if tiles and scratch is None:
+        scratch = torch.empty(part.slot_nbytes, dtype=torch.uint8, device=first.device)
     pending: list[dist.Work | None] = []
     num_experts = int(experts.max()) + 1
     if result is not None and len(result) > num_experts:
-        for entry in result[num_experts:]:
-            byte_view(entry).zero_()  # not every dtype can be filled
+        for unused in range(num_experts, len(result)):
+            byte_view(result.slot(unused)).zero_()  # not every dtype can be filled
     for expert in range(num_experts):
         owner, slot = np.argwhere(held == expert)[0].tolist()
-        target = byte_view(result[expert]) if result is not None else None
+        target = result.slot(expert) if result is not None else None
         if owner == comm.rank:
-            parcel = byte_view(tensor[slot])
+            parcel = read_bytes(part.slot(slot))
             if target is not None:
-                target.copy_(parcel)
+                _keep(target, parcel)
         elif in_place:
             assert target is not None
-            parcel = target
+            parcel = byte_view(target)
         else:
             assert scratch is not None
-            parcel = scratch[: byte_view(tensor[0]).numel()]
+            parcel = scratch[: part.slot_nbytes]
         pending.append(
             dist.broadcast(parcel, comm.global_ranks[owner], group=comm.group, async_op=True)
         )
         if owner != comm.rank and not in_place:
             _finish(pending, comm)
             if target is not None:
-                target.copy_(parcel)
+                _keep(target, parcel)
     _finish(pending, comm)
 
 
-def empty_full(tensor: torch.Tensor, size: int, device: torch.device) -> torch.Tensor:
-    """Uninitialised ``[size, ...]`` where each expert has the strides it has in ``tensor``."""
-    stride = (tensor[0].numel(), *tensor.stride()[1:])
-    with torch.inference_mode(False):
-        shape = (size, *tensor.shape[1:])
-        return torch.empty_strided(shape, stride, dtype=tensor.dtype, device=device)
+def _keep(target: torch.Tensor, parcel: torch.Tensor) -> None:
+    if in_tiles(target):
+        write_bytes(target, parcel)
+    else:
+        byte_view(target).copy_(parcel)
 
 
 def _finish(pending: list[dist.Work | None], comm: Communicator) -> None:

@@ -48,6 +48,8 @@ def misfit(module: nn.Module, says_so: bool, device: torch.device) -> str | None
     if not says_so and not _is_fused(module):
         return f"{type(module).__name__} is not known to be a fused gate-up and down projection"
     first, down = _weights(module)
+    if not (isinstance(first, torch.Tensor) and isinstance(down, torch.Tensor)):
+        return "its weights are a list with a tensor per expert"
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     if first.dtype != down.dtype or first.dtype not in dtypes:
         return f"weights are {first.dtype} and {down.dtype}"

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["adapter_around", "in_norm", "refuse_offloaded", "refuse_parts", "refuse_tied"]
+__all__ = [
+    "adapter_around",
+    "in_norm",
+    "refuse_offloaded",
+    "refuse_parts",
+    "refuse_shared_entries",
+    "refuse_tied",
+]
 
 _REGISTER = "torch_eplb.register_layer(..., tensors=[...])"
 _MANY = 1024  # entries of a container that is not looked into: a vocabulary, say
@@ -50,8 +57,9 @@ def refuse_parts(
             raise ValueError(
                 f"layer {where}: {path or 'it'} is a {type(part).__name__} with one entry per "
                 "expert, and experts move as entries of stacked tensors: stack what its entries "
-                f"hold into parameters of {num_experts} entries on dim 0. If it has nothing to do "
-                f"with experts, name those that do with {_REGISTER}"
+                f"hold into parameters of {num_experts} entries on dim 0, or name it (a "
+                f"ParameterList, or a list of tensors) with {_REGISTER}. If it has nothing to do "
+                "with experts, name those that do"
             )
         for name, value in vars(part).items():
             if part is module and name == token_counts:
@@ -60,8 +68,9 @@ def refuse_parts(
                 raise ValueError(
                     f"layer {where}: its attribute {prefix}{name} ({type(value).__name__}) has an "
                     f"entry for each of {num_experts} experts, but is no parameter or buffer, so "
-                    "that it would not move with them: make it one tensor and register_buffer it. "
-                    f"If it has nothing to do with experts, name those that do with {_REGISTER}"
+                    "that it would not move with them: make it one tensor and register_buffer it, "
+                    f"or name it, if it is a list of tensors, with {_REGISTER}. If it has nothing "
+                    "to do with experts, name those that do"
                 )
     if expert_tensors:
         _refuse_other_parameters(module, where, num_experts, expert_tensors)
@@ -146,6 +155,52 @@ def refuse_tied(model: nn.Module, experts: Mapping[str, torch.Tensor]) -> None:
                 "each layer places its own. Use one experts module in both places, or give each a "
                 "tensor of its own"
             )
+
+
+def refuse_shared_entries(model: nn.Module, entries: Mapping[str, torch.Tensor]) -> None:
+    """Refuse experts in lists that share memory with each other, or with anything of the model.
+
+    What arrived for one would be seen in the other; and a tensor that is registered under another
+    name would be saved as if it belonged to no expert.
+
+    Args:
+        model: the model.
+        entries: the tensors of all such lists, by name.
+
+    Raises:
+        ValueError: names both.
+    """
+    if not entries:
+        return
+    tensors = {
+        f"{path}.{leaf}".lstrip("."): tensor
+        for path, module in model.named_modules()
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items())
+        if type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta
+    }
+    spans = sorted(
+        (tensor.untyped_storage().data_ptr(), *_span(tensor), name)
+        for name, tensor in {**tensors, **entries}.items()
+        if tensor.numel()
+    )
+    last = (0, 0, 0, "")
+    for span in spans:
+        name, other = span[3], last[3]
+        if span[0] == last[0] and span[1] < last[2] and (name in entries or other in entries):
+            raise ValueError(
+                f"{other} and {name} share memory, and one of them is an expert's of a list: each "
+                "entry must be a tensor of its own that nothing else of the model has. Clone it, "
+                "or take the other out (del module.weight)"
+            )
+        if span[0] != last[0] or span[2] > last[2]:
+            last = span
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """The first and the last byte of a dense tensor, from its storage's beginning."""
+    start = int(tensor.storage_offset()) * tensor.element_size()
+    reach = sum((n - 1) * int(s) for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (reach + 1) * tensor.element_size()
 
 
 def refuse_offloaded(model: nn.Module, path: str) -> None:

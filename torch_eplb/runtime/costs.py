@@ -13,6 +13,7 @@ import torch
 from torch_eplb.comm.agreement import gather_json
 from torch_eplb.comm.communicator import Communicator
 from torch_eplb.layers.experts import ExpertLayer
+from torch_eplb.layers.slots import SlotTensors
 from torch_eplb.runtime.config import Config
 
 __all__ = ["agree_on_weight_tokens"]
@@ -71,13 +72,16 @@ def _known(device: torch.device) -> int:
 
 def _measure(layer: ExpertLayer, device: torch.device) -> int:
     """How many tokens take as long as the weights, by products with the layer's own matrices."""
-    matrices = [tensor.detach() for tensor in layer.tensors() if tensor.dim() == 3]
+    matrices = [part for part in layer.parts() if len(part.inner_shape) == 2]
     if not matrices:
         raise RuntimeError(f"layer {layer.name} has no tensors [experts, in, out]")
 
     def seconds(tokens: int) -> float:
         """Of one expert with so many tokens: the best of some times through all experts."""
-        inputs = [torch.ones((tokens, m.shape[2]), dtype=m.dtype, device=device) for m in matrices]
+        inputs = [
+            torch.ones((tokens, m.inner_shape[1]), dtype=m.tensors[0].dtype, device=device)
+            for m in matrices
+        ]
         return min(_time(matrices, inputs, device) for _ in range(_REPEATS)) / len(matrices[0])
 
     weight = seconds(1)
@@ -85,7 +89,7 @@ def _measure(layer: ExpertLayer, device: torch.device) -> int:
     return max(1, min(round(weight / token) if token > 0 else _MOST, _MOST))
 
 
-def _time(matrices: list[torch.Tensor], inputs: list[torch.Tensor], device: torch.device) -> float:
+def _time(matrices: list[SlotTensors], inputs: list[torch.Tensor], device: torch.device) -> float:
     _wait_for(device)
     start = time.perf_counter()
     for expert in _experts(matrices):
@@ -95,9 +99,10 @@ def _time(matrices: list[torch.Tensor], inputs: list[torch.Tensor], device: torc
     return time.perf_counter() - start
 
 
-def _experts(matrices: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
+def _experts(matrices: list[SlotTensors]) -> Iterator[list[torch.Tensor]]:
     """One expert's matrices after the other's: so their weights come from memory."""
-    return zip(*(matrix.unbind(0) for matrix in matrices), strict=True)
+    for slot in range(len(matrices[0])):
+        yield [matrix.slot(slot).detach() for matrix in matrices]
 
 
 def _wait_for(device: torch.device) -> None:

@@ -44,7 +44,7 @@ from torch_eplb.routing import LoadCounters, RoutingTables
 from torch_eplb.runtime import clock, owners
 from torch_eplb.runtime.cycle import RebalanceCycle, Stage
 from torch_eplb.runtime.guards import Guards
-from torch_eplb.runtime.prepare import Setup, planner_settings
+from torch_eplb.runtime.prepare import Setup, planner_settings, receives_directly
 from torch_eplb.runtime.recording import MapWriter, RecordedSteps, StepRecorder
 from torch_eplb.schedule.schedule import make_schedule
 from torch_eplb.values.errors import EPLBError
@@ -275,7 +275,7 @@ class Engine(BoundToRanks):
         if self._life in (Life.BALANCING, Life.OFF, Life.UNWRAPPED):
             return
         for layer in self.layers:
-            for name, tensor in zip(layer.tensor_names, layer.tensors(), strict=True):
+            for name, tensor in layer.named_tensors():
                 # A model that was closed may have been moved since.
                 elsewhere = tensor.device != self.comm.device
                 if tensor.is_meta or (elsewhere and self._life is Life.ON_META):
@@ -446,7 +446,7 @@ class Engine(BoundToRanks):
             wanted,
             expert_bytes=[layer.expert_bytes for layer in self.layers],
             staging_bytes=self.exchange.staging_bytes,
-            direct=config.direct,
+            direct=receives_directly(config, self.layers),
             layers_per_round=config.layers_per_step,
             send_bytes_per_round=config.bytes_per_step,  # type: ignore[arg-type]
         )
@@ -485,8 +485,8 @@ class Engine(BoundToRanks):
         slots = np.flatnonzero(here[self.comm.rank]).tolist()
         if not slots:
             return {}
-        names, tensors = self.layers[layer].tensor_names, self.layers[layer].tensors()
-        return {name: tensor[slots[0]] for name, tensor in zip(names, tensors, strict=True)}
+        names, tensors = self.layers[layer].tensor_names, self.layers[layer].slot(slots[0])
+        return dict(zip(names, tensors, strict=True))
 
     def on_rebalance(self, hook: Callable[[CommittedRound], None]) -> RemovableHandle:
         """Call ``hook`` after every committed round."""

@@ -41,7 +41,9 @@ class Guards:
         self._layers = layers
         self._next = 0
         self.expert_names = [
-            f"{layer.name}.{name}".lstrip(".") for layer in layers for name in layer.tensor_names
+            f"{layer.name}.{name}".lstrip(".")
+            for layer in layers
+            for name, _ in layer.named_tensors()
         ]
         # DistributedDataParallel reads it from the module that it is given.
         setattr(model, _DDP, [*getattr(model, _DDP, ()), *self.expert_names])
@@ -77,8 +79,14 @@ class Guards:
         """
         index, layer = self._next, self._layers[self._next]
         self._next = (index + 1) % len(self._layers)
-        known = zip(layer.tensor_names, layer.tensors(), self._parameters[index], strict=True)
-        for name, tensor, expected in known:
+        tensors, known = layer.named_tensors(), self._parameters[index]
+        if len(tensors) != len(known):
+            raise ValueError(
+                f"layer {layer.name}: its lists have {len(tensors)} tensors of experts, and had "
+                f"{len(known)} when it was wrapped: each slot needs its entry. Put them back, or "
+                "unwrap() first"
+            )
+        for (name, tensor), expected in zip(tensors, known, strict=True):
             if tensor.device != self._devices[index]:
                 raise ValueError(
                     f"{layer.name}.{name} was moved to {tensor.device} after wrapping on "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch_eplb.comm.communicator import Communicator, device_of, make_communica
 from torch_eplb.files.expert_map import read_expert_map
 from torch_eplb.layers.experts import ExpertLayer, find_layers
 from torch_eplb.layers.grouped import why_not
+from torch_eplb.layers.slots import Listed
 from torch_eplb.planner.messages import PlannerSettings
 from torch_eplb.routing.load import sample_steps
 from torch_eplb.runtime import owners
@@ -33,7 +34,7 @@ from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Topology
 from torch_eplb.version import __version__
 
-__all__ = ["Setup", "planner_settings", "prepare"]
+__all__ = ["Setup", "planner_settings", "prepare", "receives_directly"]
 
 
 @dataclass
@@ -202,7 +203,7 @@ def _inspect(
                     '"auto" or "module", or register its class with '
                     "torch_eplb.register_layer(..., fused=True) if it is"
                 )
-        for name, tensor in zip(layer.tensor_names, layer.tensors(), strict=True):
+        for name, tensor in layer.named_tensors():
             if tensor.device != device:
                 raise ValueError(
                     f"experts must be on one device, but {layer.name}.{name} is on "
@@ -251,10 +252,15 @@ def planner_settings(setup: Setup) -> PlannerSettings:
         topology=setup.topology,
         expert_bytes=tuple(layer.expert_bytes for layer in setup.layers),
         staging_bytes=setup.staging_bytes,
-        direct=config.direct,
+        direct=receives_directly(config, setup.layers),
         layers_per_round=config.layers_per_step,
         send_bytes_per_round=config.bytes_per_step,  # type: ignore[arg-type]
     )
+
+
+def receives_directly(config: Config, layers: Sequence[ExpertLayer]) -> bool:
+    """Whether drained slots are received into; nothing can be received into tiles."""
+    return config.direct and not any(layer.has_tiles for layer in layers)
 
 
 def _num_slots(experts: int, redundant: int, num_ranks: int) -> int:
@@ -278,13 +284,14 @@ def _check_shards(layers: list[ExpertLayer], num_slots: int, dispatch: DispatchK
     """Whether the layers' tensors are sharded already."""
     sharded = set()
     for layer in layers:
-        for name, tensor, full in zip(
-            layer.tensor_names, layer.tensors(), layer.full_sizes, strict=True
+        for name, part, full in zip(
+            layer.tensor_names, layer.parts(), layer.full_sizes, strict=True
         ):
-            size = tensor.shape[0] if tensor.dim() else 0
+            size = len(part)
             if size not in (full, num_slots):
+                where = "" if isinstance(part, Listed) else " on dim 0"
                 raise ValueError(
-                    f"layer {layer.name}: {name} has {size} entries on dim 0; expected "
+                    f"layer {layer.name}: {name} has {size} entries{where}; expected "
                     f"{layer.num_experts} (all experts) or {num_slots} (this rank's slots)"
                 )
             sharded.add(size != full)

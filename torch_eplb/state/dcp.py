@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from torch_eplb.files.expert_map import format_expert_map, parse_expert_map
 from torch_eplb.runtime.engine import Life
-from torch_eplb.state.full import ExpertTensor, expert_tensors
+from torch_eplb.state.full import ExpertTensor, expert_tensors, refuse_lists
 from torch_eplb.state.wrapped import Wrapped, engines_of
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ class ShardedState:
         Collective while experts are moving. Good until experts move again; then make another.
 
         Raises:
-            RuntimeError: the model has no values yet (meta device).
+            RuntimeError: the model has no values yet (meta device), or holds experts in
+                ParameterLists.
             PeerLostError: a rank did not come within ``timeout``.
         """
         balancer = self._balancer
@@ -74,6 +75,7 @@ class ShardedState:
             if engine.in_flight:
                 engine.settle()
         local = balancer.module.state_dict(keep_vars=True)
+        refuse_lists(balancer, local, "save or load with torch.distributed.checkpoint")
         experts = expert_tensors(balancer, local)
         owners = {
             (engine, layer): choose_owners(engine.placement.experts[layer], engine.live[layer])

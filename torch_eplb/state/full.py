@@ -11,6 +11,9 @@ The first is what an unwrapped model would give, and what loads into one, or int
 wrapped over other ranks, with other redundancy and another placement. The second is this rank's
 own memory: worth something only together with ``balancer.placement``, and the only one that needs
 no peers (after a `PeerLostError`, say).
+
+A `ParameterList` with a parameter per expert has a key for each, ``up.0`` to ``up.3``, with the
+same two meanings. Plain lists of tensors are in no state dict, wrapped or not.
 """
 
 from __future__ import annotations
@@ -22,28 +25,36 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from torch_eplb.layers.gather import empty_full, gather_tensor
+from torch_eplb.layers.gather import gather_tensor
+from torch_eplb.layers.slots import Listed, SlotTensors, Stacked
 from torch_eplb.runtime.engine import Engine, Life
 from torch_eplb.state.wrapped import Wrapped, engines_of, gather_from_all
 
-__all__ = ["ExpertTensor", "expert_tensors", "full_state_dict", "load_full_state_dict"]
+__all__ = [
+    "ExpertTensor",
+    "expert_lists",
+    "expert_tensors",
+    "full_state_dict",
+    "load_full_state_dict",
+    "refuse_lists",
+]
 
 
 class ExpertTensor(NamedTuple):
-    """One of the model's tensors that are indexed by expert.
+    """One of the model's tensors, or lists of tensors, that are indexed by expert.
 
     Attributes:
         engine: what balances it.
         layer: index of its MoE layer there.
-        live: the tensor itself, ``[local slots, ...]``.
+        part: its slots here.
         num_experts: logical experts E.
-        full_size: experts on dim 0 in the unwrapped model: E, or more, which are unused.
+        full_size: entries (on dim 0) in the unwrapped model: E, or more, which are unused.
         is_flat: whether expert and row are one dimension there, ``[E * rows, ...]``.
     """
 
     engine: Engine
     layer: int
-    live: torch.Tensor
+    part: SlotTensors
     num_experts: int
     full_size: int
     is_flat: bool
@@ -52,6 +63,12 @@ class ExpertTensor(NamedTuple):
     def held(self) -> list[int]:
         """The logical experts of this rank's slots."""
         return self.engine.placement.experts[self.layer, self.engine.comm.rank].tolist()
+
+    @property
+    def live(self) -> torch.Tensor:
+        """The stacked tensor itself, ``[local slots, ...]``; not for lists."""
+        (tensor,) = self.part.tensors
+        return tensor
 
     @property
     def full_shape(self) -> torch.Size:
@@ -63,10 +80,10 @@ class ExpertTensor(NamedTuple):
         return self._shape(self.num_experts)
 
     def _shape(self, num_experts: int) -> torch.Size:
-        shape = self.live.shape
+        inner = self.part.inner_shape
         if self.is_flat:
-            return torch.Size((num_experts * shape[1], *shape[2:]))
-        return torch.Size((num_experts, *shape[1:]))
+            return torch.Size((num_experts * inner[0], *inner[1:]))
+        return torch.Size((num_experts, *inner))
 
 
 def full_state_dict(
@@ -101,18 +118,28 @@ def full_state_dict(
         engine.require_weights("gather the experts")
         engine.catch_up()
     local = balancer.module.state_dict(prefix=prefix, keep_vars=True)
-    experts = expert_tensors(balancer, local)
+    experts, lists = expert_tensors(balancer, local), expert_lists(balancer, local)
     keep = not rank0_only or balancer.engine.comm.rank == 0
     result: OrderedDict[str, Any] = OrderedDict()
     if hasattr(local, "_metadata"):
         result._metadata = local._metadata  # type: ignore[attr-defined]
-    scratch = None if keep and not cpu_offload else _scratch(experts.values())
+    indexed = [*experts.values(), *(tensor for _, tensor in lists.values())]
+    scratch = None if keep and not cpu_offload else _scratch(indexed)
     gathered: dict[int, torch.Tensor | None] = {}
+    whole: dict[str, SlotTensors | None] = {}
     for key, value in local.items():
+        if key in lists:
+            base, tensor = lists[key]
+            if base not in whole:
+                full = whole[base] = _gather(tensor, keep, cpu_offload, scratch)
+                if full is not None:
+                    result.update((f"{base}{e}", entry) for e, entry in enumerate(full.tensors))
+            continue
         if key in experts:
             # The same tensor may have several keys.
             if id(value) not in gathered:
-                gathered[id(value)] = _gather(experts[key], keep, cpu_offload, scratch)
+                stacked = _gather(experts[key], keep, cpu_offload, scratch)
+                gathered[id(value)] = None if stacked is None else stacked.tensors[0]
             value = gathered[id(value)]
         elif isinstance(value, torch.Tensor):
             value = value if keep_vars else value.detach()
@@ -158,8 +185,9 @@ def load_full_state_dict(
         engine.require_weights("load a state dict")
         engine.catch_up()
     local = balancer.module.state_dict(keep_vars=True)
-    experts = expert_tensors(balancer, local)
-    _agree(balancer, _problems(balancer.module, full, local, experts, strict, assign))
+    experts, lists = expert_tensors(balancer, local), expert_lists(balancer, local)
+    problems = _problems(balancer.module, full, local, experts, lists, strict, assign)
+    _agree(balancer, problems)
     for engine in engines:
         engine.settle()
     rest = OrderedDict(full)
@@ -168,9 +196,17 @@ def load_full_state_dict(
     for key, tensor in experts.items():
         if key in full:
             value = full[key].unflatten(0, (tensor.full_size, -1)) if tensor.is_flat else full[key]
-            _write(tensor.live, value, tensor.held)
+            _write(tensor.part, value, tensor.held)
             # The model's own loading comes next, and copies this tensor onto itself.
             rest[key] = tensor.live
+    for base, tensor in dict(lists.values()).items():
+        keys = _keys(base, tensor)
+        if keys[0] in full:
+            entries = [full[key] for key in keys]
+            _write(tensor.part, entries, tensor.held)
+            for key in keys:
+                del rest[key]
+            rest.update((f"{base}{slot}", live) for slot, live in enumerate(tensor.part.tensors))
     if assign:
         return balancer.module.load_state_dict(rest, strict=strict, assign=True)
     return balancer.module.load_state_dict(rest, strict=strict)
@@ -203,24 +239,66 @@ def expert_tensors(balancer: Wrapped, local: Mapping[str, Any]) -> dict[str, Exp
     They are known by identity, so that shared tensors are found under each of their keys.
     """
     known = {
-        id(tensor): ExpertTensor(engine, index, tensor, layer.num_experts, size, layer.is_flat)
+        id(part.tensors[0]): ExpertTensor(
+            engine, index, part, layer.num_experts, size, layer.is_flat
+        )
         for engine in engines_of(balancer)
         if engine.life is not Life.UNWRAPPED
         for index, layer in enumerate(engine.layers)
-        for tensor, size in zip(layer.tensors(), layer.full_sizes, strict=True)
+        for part, size in zip(layer.parts(), layer.full_sizes, strict=True)
+        if isinstance(part, Stacked)
     }
     return {key: known[id(value)] for key, value in local.items() if id(value) in known}
+
+
+def expert_lists(
+    balancer: Wrapped, local: Mapping[str, Any]
+) -> dict[str, tuple[str, ExpertTensor]]:
+    """Which entries of the same are one slot's: by key, the list's name with a dot, and the list.
+
+    Slot s of a list ``up`` is ``up.s`` there, and expert e ``up.e`` in the unwrapped model.
+    """
+    known = {
+        id(entry): (slot, ExpertTensor(engine, index, part, layer.num_experts, size, False))
+        for engine in engines_of(balancer)
+        if engine.life is not Life.UNWRAPPED
+        for index, layer in enumerate(engine.layers)
+        for part, size in zip(layer.parts(), layer.full_sizes, strict=True)
+        if isinstance(part, Listed)
+        for slot, entry in enumerate(part.tensors)
+    }
+    found = {key: known[id(value)] for key, value in local.items() if id(value) in known}
+    return {key: (key.removesuffix(str(slot)), tensor) for key, (slot, tensor) in found.items()}
+
+
+def refuse_lists(balancer: Wrapped, local: Mapping[str, Any], action: str) -> None:
+    """Refuse what knows experts by tensors ``[experts, ...]`` only.
+
+    Raises:
+        RuntimeError: ``action`` would take one slot's parameter for that of everybody's.
+    """
+    for key in expert_lists(balancer, local):
+        raise RuntimeError(
+            f"cannot {action}: {key} is one slot's of a ParameterList, and only stacked experts "
+            "have a sharded form. balancer.state_dict() and balancer.load_state_dict(...) know "
+            "such lists"
+        )
+
+
+def _keys(base: str, tensor: ExpertTensor) -> list[str]:
+    """The unwrapped model's keys of a list."""
+    return [f"{base}{expert}" for expert in range(tensor.full_size)]
 
 
 def _scratch(tensors: Iterable[ExpertTensor]) -> torch.Tensor | None:
     """Memory for an expert of the largest tensor. One for all: the group's threads may hold on to
     what they were given for a while."""
-    lives = [tensor.live for tensor in tensors]
-    if not lives:
+    parts = [tensor.part for tensor in tensors]
+    if not parts:
         return None
     with torch.inference_mode(False):
-        nbytes = max(live[0].nbytes for live in lives)
-        return torch.empty(nbytes, dtype=torch.uint8, device=lives[0].device)
+        nbytes = max(part.slot_nbytes for part in parts)
+        return torch.empty(nbytes, dtype=torch.uint8, device=parts[0].tensors[0].device)
 
 
 def _gather(
@@ -228,23 +306,25 @@ def _gather(
     keep: bool,
     cpu_offload: bool,
     scratch: torch.Tensor | None,
-) -> torch.Tensor | None:
-    live, engine = tensor.live.detach(), tensor.engine
-    device = torch.device("cpu") if cpu_offload else live.device
-    result = empty_full(live, tensor.full_size, device) if keep else None
+) -> SlotTensors | None:
+    part, engine = tensor.part, tensor.engine
+    device = torch.device("cpu") if cpu_offload else part.tensors[0].device
+    result = part.empty(tensor.full_size, device) if keep else None
     experts = engine.placement.experts[tensor.layer]
-    gather_tensor(live, experts, engine.live[tensor.layer], engine.comm, result, scratch)
-    return result.flatten(0, 1) if result is not None and tensor.is_flat else result
+    gather_tensor(part, experts, engine.live[tensor.layer], engine.comm, result, scratch)
+    if result is not None and tensor.is_flat:
+        return Stacked(result.tensors[0].flatten(0, 1))
+    return result
 
 
-def _write(live: torch.Tensor, full: torch.Tensor, experts: list[int]) -> None:
-    """``live[slot] = full[experts[slot]]`` for every slot.
+def _write(part: SlotTensors, full: torch.Tensor | list[torch.Tensor], experts: list[int]) -> None:
+    """Slot s becomes ``full[experts[s]]``, for every slot.
 
     Slot by slot: byte-sized floats and packed integers have no index_select on every device.
     """
     with torch.no_grad():
         for slot, expert in enumerate(experts):
-            live[slot].copy_(full[expert])
+            part.slot(slot).copy_(full[expert])
 
 
 def _problems(
@@ -252,19 +332,35 @@ def _problems(
     full: Mapping[str, Any],
     local: Mapping[str, Any],
     experts: Mapping[str, ExpertTensor],
+    lists: Mapping[str, tuple[str, ExpertTensor]],
     strict: bool,
     assign: bool,
 ) -> list[str]:
     """Why ``full`` cannot be loaded, found without writing anything."""
     problems = []
     plain = _loads_plainly(model)
+    entries = {
+        key: tensor.part.tensors[0]
+        for base, tensor in dict(lists.values()).items()
+        for key in _keys(base, tensor)
+    }
+    whole = {**{key: value for key, value in local.items() if key not in lists}, **entries}
     if strict and plain:
-        missing = [key for key in local if key not in full]
-        unexpected = [key for key in full if key not in local]
+        missing = [key for key in whole if key not in full]
+        unexpected = [key for key in full if key not in whole]
         problems += [f"missing key {key!r}" for key in missing]
         problems += [f"unexpected key {key!r}" for key in unexpected]
-    for key, present in local.items():
-        if key not in full or not (key in experts or (plain and isinstance(present, torch.Tensor))):
+    elif entries:
+        # Which of them this rank needs depends on where experts are.
+        problems += [
+            f"missing key {key!r}: a list of experts is loaded whole, or not at all"
+            for base, tensor in dict(lists.values()).items()
+            for key in _keys(base, tensor)
+            if key not in full and not full.keys().isdisjoint(_keys(base, tensor))
+        ]
+    for key, present in whole.items():
+        per_expert = key in experts or key in entries
+        if key not in full or not (per_expert or (plain and isinstance(present, torch.Tensor))):
             continue
         value, wanted = full[key], experts[key].full_shape if key in experts else present.shape
         if not isinstance(value, torch.Tensor):
@@ -277,7 +373,7 @@ def _problems(
                 f"size mismatch for {key!r}: it has shape {tuple(value.shape)}{hint}, the model "
                 f"has {tuple(wanted)}"
             )
-        elif value.is_meta and not (assign and key not in experts):
+        elif value.is_meta and not (assign and not per_expert):
             problems.append(f"{key!r} is on the meta device: it has no values to load")
     return problems
 

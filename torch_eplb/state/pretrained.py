@@ -18,7 +18,7 @@ import torch
 
 from torch_eplb.files.paths import PathLike
 from torch_eplb.state.conversions import Change, Converted, WholeChange, converted_names
-from torch_eplb.state.full import ExpertTensor, expert_tensors
+from torch_eplb.state.full import ExpertTensor, expert_tensors, refuse_lists
 from torch_eplb.state.materialize import materialize
 from torch_eplb.state.safetensor_files import Checkpoint, Reading
 from torch_eplb.state.weight_names import NameRule, usual_names
@@ -83,8 +83,9 @@ def load_pretrained(
         ImportError: safetensors is not installed.
         OSError: the folder or a file is missing or unreadable.
         ValueError: no checkpoint in the folder, or a malformed one.
-        RuntimeError: keys, shapes or dtypes do not fit, or a buffer cannot be computed. Or,
-            found only when the model is written already: tied tensors have different values.
+        RuntimeError: keys, shapes or dtypes do not fit, a buffer cannot be computed, or experts
+            are in ParameterLists. Or, found only when the model is written already: tied tensors
+            have different values.
         PeerLostError: a rank did not come within ``timeout``.
     """
     balancer = model
@@ -94,6 +95,7 @@ def load_pretrained(
     items: list[Reading] = []
     checkpoint, error = None, None
     try:
+        refuse_lists(balancer, _tensors(balancer), "load a folder of safetensors")
         checkpoint = Checkpoint(folder)
         items = _plan(balancer, checkpoint, names, strict)
     except (ImportError, OSError, ValueError, RuntimeError) as found:
@@ -284,7 +286,7 @@ def _unsaved_experts(balancer: Wrapped, tensors: Mapping[str, torch.Tensor]) -> 
         "state dict (persistent=False): it cannot be loaded"
         for engine in engines_of(balancer)
         for layer in engine.layers
-        for name, tensor in zip(layer.tensor_names, layer.tensors(), strict=True)
+        for name, tensor in layer.named_tensors()
         if tensor.is_meta and id(tensor) not in saved
     ]
 
