@@ -235,7 +235,7 @@ class ExpertLoadBalancer(BoundToRanks, nn.Module):
         return self.engine.expert(layer, expert)
 
     def expert_parameters(self) -> Iterator[nn.Parameter]:
-        """This rank's expert parameters, ``[slots, ...]`` each, of all layers.
+        """This rank's expert parameters, ``[slots, ...]`` each or one per slot, of all layers.
 
         Under the same names other ranks have other experts: give them to whatever must leave such
         parameters alone, ``fully_shard(model, ignored_params=set(balancer.expert_parameters()))``.

@@ -103,6 +103,20 @@ FAULTS_ON_DEVICES = (
         "test_losses.py::test_weights_in_tiles_are_refused_with_the_remedy",
     ),
     _fault(
+        "tiles-received-into-directly",
+        "runtime/prepare.py",
+        "    return config.direct and not any(layer.has_tiles for layer in layers)",
+        "    return config.direct",
+        "test_listed.py::test_lists_move_in_place_in_whatever_format",
+    ),
+    _fault(
+        "lists-of-mixed-formats-not-refused",
+        "layers/slots.py",
+        '    tiles = "" if number is None else f":format {number}"',
+        '    tiles = ""',
+        "test_listed.py::test_lists_of_mixed_formats_are_refused",
+    ),
+    _fault(
         "another-device-not-refused",
         "runtime/prepare.py",
         "    _check_current(device)\n",

@@ -213,8 +213,8 @@ def in_tiles(tensor: torch.Tensor) -> bool:
 def read_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """One expert's tensor as flat uint8: its memory itself, or, of tiles, a copy in plain order.
 
-    Tiles never travel as such: a receive of tiles inside of a batch is copied by torch-npu to where
-    it belongs before the batch is carried out.
+    So tiles never travel as such: each backend moves plain bytes, with room and sums for them,
+    whatever it would do to a tensor in a format of its own.
     """
     if not in_tiles(tensor):
         return byte_view(tensor)
