@@ -12,6 +12,7 @@ from support.models import QUICK, skewed_batch
 from support.ranks import run_ranks
 
 import torch_eplb
+from torch_eplb.testing import fake_process_group
 
 
 def serve(
@@ -73,7 +74,7 @@ def life(rank: int, world_size: int, options: dict[str, Any], full: bool) -> Non
     ("options", "full"),
     [
         ({}, False),
-        ({"verify": True, "direct": False, "overlap": False}, False),
+        ({"verify": True, "direct": False, "overlap": False, "cost": "measured"}, False),
         ({"num_redundant_experts": 0, "layers_per_step": 2}, True),
     ],
     ids=str,
@@ -146,6 +147,21 @@ def shortened(rank: int, world_size: int) -> None:
 
 def test_a_list_that_was_shortened_is_named() -> None:
     run_ranks(shortened, 1)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_shards_that_were_born_in_inference_mode_are_wrapped(stacked: bool) -> None:
+    model, _ = make_listed(ListedOutside, first_slots(0, 2, 4))
+    for layer in model.layers:
+        experts: Any = layer.experts
+        with torch.inference_mode():
+            experts.bias = [torch.randn(HIDDEN, 1) for _ in experts.bias]
+            if stacked:
+                experts.bias = torch.stack(experts.bias)
+        if stacked:
+            experts.register_buffer("bias", vars(experts).pop("bias"))
+    with fake_process_group(world_size=2):
+        torch_eplb.wrap(model, **QUICK, dispatch="external").close()
 
 
 def wrong_length(rank: int, world_size: int) -> None:

@@ -6,14 +6,12 @@ import logging
 import math
 import re
 import time
-from collections.abc import Iterator
 
 import torch
 
 from torch_eplb.comm.agreement import gather_json
 from torch_eplb.comm.communicator import Communicator
 from torch_eplb.layers.experts import ExpertLayer
-from torch_eplb.layers.slots import SlotTensors
 from torch_eplb.runtime.config import Config
 
 __all__ = ["agree_on_weight_tokens"]
@@ -72,15 +70,18 @@ def _known(device: torch.device) -> int:
 
 def _measure(layer: ExpertLayer, device: torch.device) -> int:
     """How many tokens take as long as the weights, by products with the layer's own matrices."""
-    matrices = [part for part in layer.parts() if len(part.inner_shape) == 2]
+    matrices = [
+        [part.slot(slot).detach() for slot in range(len(part))]
+        for part in layer.parts()
+        if len(part.inner_shape) == 2
+    ]
     if not matrices:
         raise RuntimeError(f"layer {layer.name} has no tensors [experts, in, out]")
 
     def seconds(tokens: int) -> float:
         """Of one expert with so many tokens: the best of some times through all experts."""
         inputs = [
-            torch.ones((tokens, m.inner_shape[1]), dtype=m.tensors[0].dtype, device=device)
-            for m in matrices
+            torch.ones((tokens, m[0].shape[1]), dtype=m[0].dtype, device=device) for m in matrices
         ]
         return min(_time(matrices, inputs, device) for _ in range(_REPEATS)) / len(matrices[0])
 
@@ -89,20 +90,17 @@ def _measure(layer: ExpertLayer, device: torch.device) -> int:
     return max(1, min(round(weight / token) if token > 0 else _MOST, _MOST))
 
 
-def _time(matrices: list[SlotTensors], inputs: list[torch.Tensor], device: torch.device) -> float:
+def _time(
+    matrices: list[list[torch.Tensor]], inputs: list[torch.Tensor], device: torch.device
+) -> float:
     _wait_for(device)
     start = time.perf_counter()
-    for expert in _experts(matrices):
+    # One expert's matrices after the other's: so their weights come from memory.
+    for expert in zip(*matrices, strict=True):
         for matrix, rows in zip(expert, inputs, strict=True):
             torch.mm(rows, matrix.t())
     _wait_for(device)
     return time.perf_counter() - start
-
-
-def _experts(matrices: list[SlotTensors]) -> Iterator[list[torch.Tensor]]:
-    """One expert's matrices after the other's: so their weights come from memory."""
-    for slot in range(len(matrices[0])):
-        yield [matrix.slot(slot).detach() for matrix in matrices]
 
 
 def _wait_for(device: torch.device) -> None:

@@ -192,6 +192,8 @@ def _on_gradient(
     """Call ``hook`` with the tensor's gradient, also where it is to require one only later."""
     if not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.is_leaf:
         return None
+    if tensor.is_inference():
+        return None  # no backward pass reaches it
     wants = tensor.requires_grad
     tensor.requires_grad_(True)
     handle = tensor.register_hook(hook)
