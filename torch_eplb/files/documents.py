@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from torch_eplb.files.npz import open_npz
+from torch_eplb.files.npz import HEADER_ERRORS, open_npz
 from torch_eplb.files.paths import PathLike, open_checked
 from torch_eplb.files.pt import read_pt
 
@@ -78,7 +78,7 @@ def _read_npy(name: str) -> Any:
     try:
         # Mapped first, so that a header which claims more than the file holds is refused.
         return np.array(np.load(name, mmap_mode="r", allow_pickle=False))
-    except (ValueError, OSError, EOFError, SyntaxError, OverflowError, MemoryError) as error:
+    except (*HEADER_ERRORS, OSError, EOFError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"{name}: is not a readable npy file ({reason}); save a plain array of numbers with "

@@ -15,6 +15,7 @@ import io
 import math
 import os
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -25,12 +26,23 @@ from numpy.typing import NDArray
 
 from torch_eplb.files.paths import PathLike, open_checked
 
-__all__ = ["NpzReader", "open_npz"]
+__all__ = ["HEADER_ERRORS", "NpzReader", "open_npz"]
 
 # Token counts are noisy: recorded traces shrink by less than 50 to 1, whereas an archive that was
 # made to exhaust memory shrinks by about 1000 to 1, the most that deflate can do.
 _SMALL_BYTES = 64 * 2**20
 _MAX_RATIO = 200
+
+# What numpy raises for headers that are no dictionary of the right kind; it reads them as Python.
+HEADER_ERRORS = (
+    ValueError,
+    TypeError,
+    SyntaxError,
+    tokenize.TokenError,  # from Python 3.12 on
+    OverflowError,
+    RecursionError,
+    MemoryError,
+)
 
 # What zipfile raises for damaged, encrypted and exotic archives; EINVAL is a seek to where a
 # damaged directory points.
@@ -129,7 +141,7 @@ class NpzReader:
             shape, fortran, dtype = readers[version](member, max_header_size=4096)
             if min(shape, default=0) < 0:
                 raise ValueError(f"negative shape {shape}")
-        except (ValueError, TypeError, SyntaxError, OverflowError, RecursionError) as error:
+        except HEADER_ERRORS as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(
                 f"{self.path}: array {name!r} has no valid npy header ({reason}); {self.remedy}"
