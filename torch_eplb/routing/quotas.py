@@ -82,13 +82,14 @@ def _(counts_E: Tensor, slots_EM: Tensor, num_ranks: int, slots_per_rank: int) -
 
 @lru_cache
 def _fused_solver(num_experts: int, num_ranks: int, slots_per_rank: int) -> _Solver | None:
-    """The Triton kernel, or None without Triton or where its tile would not fit."""
+    """The Triton kernel, or None without Triton or where its tiles would not fit."""
     try:
         from torch_eplb.routing import quotas_triton
     except ImportError:
         return None
-    fits = quotas_triton.tile_size(num_experts, num_ranks, slots_per_rank) <= quotas_triton.MAX_TILE
-    return quotas_triton.solve_quotas_triton if fits else None
+    if not quotas_triton.fits(num_experts, num_ranks, slots_per_rank):
+        return None
+    return quotas_triton.solve_quotas_triton
 
 
 def solve_quotas_host(

@@ -14,23 +14,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["MAX_TILE", "solve_quotas_triton", "tile_size"]
+__all__ = ["fits", "solve_quotas_triton", "tiles"]
 
-MAX_TILE = 8192
-"""Most entries of the dense tile: larger ones spill registers (some already at 4096)."""
+_MOST_REPLICATED, _MOST_ALL = 2048, 8192
+"""Most entries of the two dense tiles: below these nothing is spilled, compiled for sm_90 and for
+gfx942; some sizes above spill."""
 
 _ITERATIONS = 32
 _GROUPS = 8
 _ABSENT = tl.constexpr(1 << 52)
 
 
-def tile_size(num_experts: int, num_ranks: int, slots_per_rank: int) -> int:
-    """Entries of the dense tile.
+def fits(num_experts: int, num_ranks: int, slots_per_rank: int) -> bool:
+    """Whether the kernel is made for this size: its tiles stay in registers.
 
-    >>> tile_size(64, 8, 10)
-    128
+    >>> fits(256, 32, 9), fits(256, 64, 5)
+    (True, False)
     """
-    return _tile_rows(num_experts, num_ranks, slots_per_rank) * _tile_columns(num_ranks)
+    replicated, everything = tiles(num_experts, num_ranks, slots_per_rank)
+    return replicated <= _MOST_REPLICATED and everything <= _MOST_ALL
+
+
+def tiles(num_experts: int, num_ranks: int, slots_per_rank: int) -> tuple[int, int]:
+    """Entries of the dense tiles: replicated experts by ranks, and all experts by ranks.
+
+    >>> tiles(64, 8, 10)
+    (128, 512)
+    """
+    columns = _tile_columns(num_ranks)
+    rows = _tile_rows(num_experts, num_ranks, slots_per_rank)
+    return rows * columns, triton.next_power_of_2(num_experts) * columns
 
 
 def _tile_rows(num_experts: int, num_ranks: int, slots_per_rank: int) -> int:
