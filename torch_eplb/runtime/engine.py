@@ -40,7 +40,7 @@ from torch_eplb.migration.exchange import Exchange, StagingTooSmall
 from torch_eplb.migration.progress import Migration
 from torch_eplb.planner.process import Planner
 from torch_eplb.policies.split import even_split
-from torch_eplb.routing import LoadCounters, RoutingTables
+from torch_eplb.routing import LoadCounters, RoutingTables, split_batch
 from torch_eplb.runtime import clock, owners
 from torch_eplb.runtime.cycle import RebalanceCycle, Stage
 from torch_eplb.runtime.guards import Guards
@@ -116,6 +116,13 @@ class Engine(BoundToRanks):
             raise
         self._touch_model(setup)
 
+    def _compile_solver(self, placement: Placement) -> None:
+        """What is compiled for splits on the device is compiled now, and not in a forward."""
+        tables = self._tables
+        nothing_E = torch.zeros(placement.num_experts, dtype=torch.int64, device=self.comm.device)
+        sizes = placement.num_ranks, placement.num_slots
+        split_batch(nothing_E, tables.solver_LEM[0], *sizes, tables.weight_tokens)
+
     def _make_parts(self, setup: Setup) -> None:
         """All that may fail on one rank alone: memory, files. The model is not touched yet."""
         config, comm, placement = setup.config, setup.comm, setup.placement
@@ -136,6 +143,8 @@ class Engine(BoundToRanks):
                 weight_tokens=setup.weight_tokens,
                 keep_experts=counts_arrivals,
             )
+            if config.replica_choice in ("batch", "local") and config.dispatch != "all_to_all":
+                self._compile_solver(placement)
         self.written = [*self._tables.tensors(), *self._counters.tensors()]
         self.exchange = Exchange(self.layers, comm, setup.staging_bytes, config.verify)
         if config.record_path is not None:
