@@ -18,6 +18,7 @@ from torch_eplb.testing import fake_process_group
     [
         ("all_reduce", "batch", True),
         ("all_gather", "batch", True),
+        ("all_to_all", "local", True),
         ("all_reduce", "table", False),
         ("all_to_all", "batch", False),  # on the host
     ],

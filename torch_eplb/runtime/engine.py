@@ -143,7 +143,9 @@ class Engine(BoundToRanks):
                 weight_tokens=setup.weight_tokens,
                 keep_experts=counts_arrivals,
             )
-            if config.replica_choice in ("batch", "local") and config.dispatch != "all_to_all":
+            # All-to-all solves the batch of all ranks on the host, which needs the sizes anyway.
+            on_host = config.dispatch == "all_to_all" and config.replica_choice == "batch"
+            if config.replica_choice in ("batch", "local") and not on_host:
                 self._compile_solver(placement)
         self.written = [*self._tables.tensors(), *self._counters.tensors()]
         self.exchange = Exchange(self.layers, comm, setup.staging_bytes, config.verify)
