@@ -51,11 +51,6 @@ class TokenMask:
         finally:
             self._mask = before
 
-    @property
-    def given(self) -> bool:
-        """Whether a forward now is one with a mask."""
-        return self._mask is not None
-
     def rows(self, num_tokens: int, named: torch.Tensor | None, layer: str) -> torch.Tensor | None:
         """bool ``[T]``, or None where all rows are tokens.
 

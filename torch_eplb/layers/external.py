@@ -70,7 +70,7 @@ class External(Dispatch):
         )
 
     def _refuse_mask(self) -> None:
-        if self.context.tokens.given:
+        if self.context.tokens.is_given:
             raise ValueError(
                 f"layer {self.layer.name}: balancer.tokens(mask) cannot tell which of the tokens "
                 "that arrived are padding, and the layer hands over its token_counts. Give rows of "

@@ -93,7 +93,7 @@ def gather_tensor(
         if owner == comm.rank:
             parcel = read_bytes(part.slot(slot))
             if target is not None:
-                _keep(target, parcel)
+                write_bytes(target, parcel)
         elif in_place:
             assert target is not None
             parcel = byte_view(target)
@@ -106,15 +106,8 @@ def gather_tensor(
         if owner != comm.rank and not in_place:
             _finish(pending, comm)
             if target is not None:
-                _keep(target, parcel)
+                write_bytes(target, parcel)
     _finish(pending, comm)
-
-
-def _keep(target: torch.Tensor, parcel: torch.Tensor) -> None:
-    if in_tiles(target):
-        write_bytes(target, parcel)
-    else:
-        byte_view(target).copy_(parcel)
 
 
 def _finish(pending: list[dist.Work | None], comm: Communicator) -> None:

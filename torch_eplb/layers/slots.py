@@ -79,19 +79,12 @@ class Stacked:
         # Experts are written in place later: they must not be born as inference tensors.
         with torch.inference_mode(False), torch.no_grad():
             tensor = self.tensors[0]
-            shape = (len(experts), *tensor.shape[1:])
-            if tensor.dim() < 2 or tensor[0].is_contiguous():
-                result = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
-            else:
-                stride = (tensor[0].numel(), *tensor.stride()[1:])
-                result = torch.empty_strided(
-                    shape, stride, dtype=tensor.dtype, device=tensor.device
-                )
+            result = self.empty(len(experts), tensor.device)
             if not tensor.is_meta:
                 # Byte-sized floats and packed integers have no index_select on every device.
                 for slot, expert in enumerate(experts):
-                    result[slot].copy_(tensor[expert])
-        return Stacked(result)
+                    result.slot(slot).copy_(tensor[expert])
+        return result
 
 
 class Listed:

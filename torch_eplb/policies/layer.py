@@ -107,7 +107,7 @@ class Layer:
             gain: in units of ``unit``.
             cost, fits: see `swaps`.
         """
-        # A change that only undoes an earlier one has a negative price, but must not make it worse.
+        # A change that undoes an earlier one has a negative price: it may lose less than that.
         gain *= np.float32(unit)
         gain -= cost * np.float32(self.price)
         fits &= gain > LEAST

@@ -241,9 +241,7 @@ def _sizes(
         sent[physical_F] = sent_F
         received_RS[:, physical_F[lines.mine] - source * slots_per_rank] = received_RM
         # An expert's replicas take contiguous pieces of its tokens, in ascending order.
-        before_F = sent_F.cumsum() - sent_F
-        head_F = np.searchsorted(row_F, row_F)  # the first of the expert's replicas
-        start[physical_F] = start[slots_XM[row_F, 0]] + before_F - before_F[head_F]
+        start[physical_F] = start[slots_XM[row_F, 0]] + _running_sums(sent_F, row_F) - sent_F
     return sent, start - (sent.cumsum() - sent), received_RS
 
 
@@ -296,13 +294,15 @@ class _Lines:
         sent_F[mine] = self.kept_F[mine]
         received_RM = np.zeros_like(theirs_RM)
         received_RM[source] = self.kept_F[mine]
-        begin_X = self._before(0)
+        begin_X = self._before(source)
         if len(groups) > 1:
             size = groups[0]
             group, first = source // size, source // size * size
             met_GX = self._met(size)
-            in_group_X = begin_X - self._before(0, until=first)
-            quotas_end_F = self._ends(self.row_F * len(met_GX) + self.rank_F // size)
+            in_group_X = begin_X - self._before(first)
+            quotas_end_F = _running_sums(
+                self.quota_F, self.row_F * len(met_GX) + self.rank_F // size
+            )
             near_F = self.rank_F // size == group
             sent_F += near_F * _overlap(
                 in_group_X[self.row_F], own_X[self.row_F], quotas_end_F, self.quota_F
@@ -322,18 +322,17 @@ class _Lines:
             self.quota_F = _past(quotas_end_F, self.quota_F, met_F)
             met_RM = met_GX[:, self.row_F[mine]].repeat(size, axis=0)
             theirs_RM = _past(counts_end_RM, theirs_RM, met_RM)
-        quotas_end_F = self._ends(self.row_F)
+        quotas_end_F = _running_sums(self.quota_F, self.row_F)
         sent_F += _overlap(begin_X[self.row_F], own_X[self.row_F], quotas_end_F, self.quota_F)
         received_RM += _overlap(
             theirs_RM.cumsum(0) - theirs_RM, theirs_RM, quotas_end_F[mine], self.quota_F[mine]
         )
         return sent_F, received_RM
 
-    def _before(self, first: int, until: int | None = None) -> NDArray[np.int64]:
-        """``[X]``: what ranks from ``first`` to this one (or ``until``) have not kept."""
-        end = self.source if until is None else until
-        sums_X: NDArray[np.int64] = self.counts_RE[first:end].sum(0)[self.experts_X]
-        there = (self.rank_F >= first) & (self.rank_F < end)
+    def _before(self, rank: int) -> NDArray[np.int64]:
+        """``[X]``: what the ranks before this one have not kept."""
+        sums_X: NDArray[np.int64] = self.counts_RE[:rank].sum(0)[self.experts_X]
+        there = self.rank_F < rank
         np.subtract.at(sums_X, self.row_F[there], self.kept_F[there])
         return sums_X
 
@@ -358,12 +357,13 @@ class _Lines:
         np.add.at(quotas_GX, cell, self.quota_F)
         return np.minimum(counts_GX, quotas_GX)
 
-    def _ends(self, line_F: NDArray[np.int64]) -> NDArray[np.int64]:
-        """``[F]``: where each replica's quota ends on its line, replicas of a line in a row."""
-        end_F = self.quota_F.cumsum()
-        head_F = np.searchsorted(line_F, line_F)
-        ends: NDArray[np.int64] = end_F - (end_F[head_F] - self.quota_F[head_F])
-        return ends
+
+def _running_sums(values_F: NDArray[np.int64], line_F: NDArray[np.int64]) -> NDArray[np.int64]:
+    """``[F]``: sums up to and with each value over its line; values of a line are in a row."""
+    sums_F = values_F.cumsum()
+    head_F = np.searchsorted(line_F, line_F)  # the first of the line
+    within: NDArray[np.int64] = sums_F - (sums_F[head_F] - values_F[head_F])
+    return within
 
 
 def _overlap(

@@ -19,7 +19,7 @@ same two meanings. Plain lists of tensors are in no state dict, wrapped or not.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -239,16 +239,19 @@ def expert_tensors(balancer: Wrapped, local: Mapping[str, Any]) -> dict[str, Exp
     They are known by identity, so that shared tensors are found under each of their keys.
     """
     known = {
-        id(part.tensors[0]): ExpertTensor(
-            engine, index, part, layer.num_experts, size, layer.is_flat
-        )
-        for engine in engines_of(balancer)
-        if engine.life is not Life.UNWRAPPED
-        for index, layer in enumerate(engine.layers)
-        for part, size in zip(layer.parts(), layer.full_sizes, strict=True)
-        if isinstance(part, Stacked)
+        id(tensor.live): tensor for tensor in _indexed(balancer) if isinstance(tensor.part, Stacked)
     }
     return {key: known[id(value)] for key, value in local.items() if id(value) in known}
+
+
+def _indexed(balancer: Wrapped) -> Iterator[ExpertTensor]:
+    """All that is indexed by expert, of every engine that has parts of the model."""
+    for engine in engines_of(balancer):
+        if engine.life is Life.UNWRAPPED:
+            continue
+        for index, layer in enumerate(engine.layers):
+            for part, size in zip(layer.parts(), layer.full_sizes, strict=True):
+                yield ExpertTensor(engine, index, part, layer.num_experts, size, layer.is_flat)
 
 
 def expert_lists(
@@ -259,13 +262,10 @@ def expert_lists(
     Slot s of a list ``up`` is ``up.s`` there, and expert e ``up.e`` in the unwrapped model.
     """
     known = {
-        id(entry): (slot, ExpertTensor(engine, index, part, layer.num_experts, size, False))
-        for engine in engines_of(balancer)
-        if engine.life is not Life.UNWRAPPED
-        for index, layer in enumerate(engine.layers)
-        for part, size in zip(layer.parts(), layer.full_sizes, strict=True)
-        if isinstance(part, Listed)
-        for slot, entry in enumerate(part.tensors)
+        id(entry): (slot, tensor)
+        for tensor in _indexed(balancer)
+        if isinstance(tensor.part, Listed)
+        for slot, entry in enumerate(tensor.part.tensors)
     }
     found = {key: known[id(value)] for key, value in local.items() if id(value) in known}
     return {key: (key.removesuffix(str(slot)), tensor) for key, (slot, tensor) in found.items()}
