@@ -42,7 +42,7 @@ _PATIENCE = 8
 """Rounds without gain after which a layer is left."""
 
 _BUDGET = 12
-_LEAST_BUDGET = 160
+_LEAST_BUDGET = 480
 """Search steps by cuts, per layer and at least."""
 
 _FAR = 1.2
