@@ -17,7 +17,7 @@ from torch import nn
 
 import torch_eplb
 from torch_eplb import ShardedState
-from torch_eplb.layers.experts import find_layers
+from torch_eplb.layers.finding import find_layers
 from torch_eplb.testing import fake_process_group
 
 MODELS: dict[str, dict[str, Any]] = {

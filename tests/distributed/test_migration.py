@@ -14,7 +14,8 @@ from support.ranks import run_ranks
 from torch import nn
 
 from torch_eplb.comm.communicator import make_communicator
-from torch_eplb.layers.experts import ExpertLayer, find_layers
+from torch_eplb.layers.experts import ExpertLayer
+from torch_eplb.layers.finding import find_layers
 from torch_eplb.layers.slots import byte_view
 from torch_eplb.migration.exchange import Exchange, checksum
 from torch_eplb.migration.progress import Migration

@@ -16,7 +16,8 @@ from torch import nn
 import torch_eplb
 import torch_eplb.testing
 from torch_eplb.comm.communicator import make_communicator
-from torch_eplb.layers.experts import ExpertLayer, find_layers
+from torch_eplb.layers.experts import ExpertLayer
+from torch_eplb.layers.finding import find_layers
 from torch_eplb.migration.exchange import Exchange
 from torch_eplb.schedule.schedule import Schedule, make_schedule
 from torch_eplb.values.placement import Placement

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from support.models import Experts, ToyModel, TwoTowers
 from torch import nn
 
-from torch_eplb.layers.experts import ExpertLayer, LayerChoice, common_owner, find_layers
+from torch_eplb.layers.experts import ExpertLayer
+from torch_eplb.layers.finding import LayerChoice, common_owner, find_layers
 from torch_eplb.layers.slots import Stacked, byte_view
 from torch_eplb.layers.spec import BoundArguments, LayerSpec, find_spec, register_layer
 

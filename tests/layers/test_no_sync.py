@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.few_kernels import EXPERTS, HIDDEN, FewKernelExperts, SentinelExperts
+from support.models import Elsewhere
 from support.ranks import run_ranks
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -60,20 +61,6 @@ READS: list[tuple[str, str, str, dict[str, Any], list[str]]] = [
     ("external", "table", "counting", {}, []),
     ("external", "local", "counting", {}, []),
 ]
-
-
-class Elsewhere(nn.Module):
-    """Stands for experts that dispatch by themselves."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_experts = EXPERTS
-        self.up = nn.Parameter(torch.zeros(EXPERTS, 2))
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        return hidden_states
 
 
 class Counting(Elsewhere):

@@ -11,7 +11,7 @@ import torch
 from support.models import Experts, ToyModel
 from torch import nn
 
-from torch_eplb.layers.experts import find_layers
+from torch_eplb.layers.finding import find_layers
 from torch_eplb.layers.spec import register_layer
 
 

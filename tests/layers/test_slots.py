@@ -12,7 +12,7 @@ from torch import nn
 
 import torch_eplb
 from torch_eplb.layers import slots
-from torch_eplb.layers.experts import find_layers
+from torch_eplb.layers.finding import find_layers
 
 
 def listed() -> tuple[FewKernelModel, Listed]:

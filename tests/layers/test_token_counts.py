@@ -6,27 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import Experts
+from support.models import Elsewhere, Experts
 from torch import nn
 
 import torch_eplb
-from torch_eplb.layers.experts import find_layers
+from torch_eplb.layers.finding import find_layers
 from torch_eplb.testing import fake_process_group
 
 
-class Told(nn.Module):
+class Told(Elsewhere):
     """Tells whatever it is given to tell."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_experts = 8
-        self.up = nn.Parameter(torch.zeros(8, 2))
-        self.arrived: Any = None
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        return hidden_states
+    arrived: Any = None
 
 
 class Sets(Told):
@@ -37,13 +28,11 @@ class Sets(Told):
         return hidden_states
 
 
-class Writes(nn.Module):
+class Writes(Elsewhere):
     """Has a tensor of its own for them, with an entry per local slot."""
 
     def __init__(self, slots: int = 6) -> None:
         super().__init__()
-        self.num_experts = 8
-        self.up = nn.Parameter(torch.zeros(8, 2))
         self.register_buffer("arrived", torch.zeros(slots, dtype=torch.int64), persistent=False)
 
     def forward(

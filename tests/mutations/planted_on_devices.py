@@ -7,24 +7,20 @@ of ``tox -e npu``.
 
 from __future__ import annotations
 
-from planted import Fault
+from planted import fault
 
 __all__ = ["FAULTS_ON_DEVICES"]
 
 
-def _fault(name: str, file: str, before: str, after: str, *tests: str) -> Fault:
-    return Fault(name, file, before, after, tuple(f"tests/npu/{test}" for test in tests))
-
-
 FAULTS_ON_DEVICES = (
-    _fault(
+    fault(
         "sent-before-the-current-stream-has-written",
         "migration/exchange.py",
         "    stream.wait_stream(module.current_stream(device))\n",
         "",
-        "test_order.py::test_what_is_sent_are_the_weights_that_the_current_stream_has_written",
+        "npu/test_order.py::test_what_is_sent_are_the_weights_that_the_current_stream_has_written",
     ),
-    _fault(
+    fault(
         "committed-before-it-is-received",
         "comm/transport.py",
         "        if all(completed):\n"
@@ -36,141 +32,141 @@ FAULTS_ON_DEVICES = (
         "        for work in self._works:\n"
         "            work.wait()\n",
         "        return True\n",
-        "test_order.py::test_a_commit_comes_after_what_is_received",
+        "npu/test_order.py::test_a_commit_comes_after_what_is_received",
     ),
-    _fault(
+    fault(
         "committed-before-the-side-stream-has-copied",
         "migration/exchange.py",
         "            device_module.current_stream(self._comm.device).wait_stream(self._stream)\n",
         "",
-        "test_order.py::test_a_commit_comes_after_the_copies_of_the_side_stream",
+        "npu/test_order.py::test_a_commit_comes_after_the_copies_of_the_side_stream",
     ),
-    _fault(
+    fault(
         "checksum-read-before-its-event",
         "migration/exchange.py",
         "        return self._check[1].query()",
         "        return True",
-        "test_order.py::test_a_checksum_is_read_when_it_has_arrived",
+        "npu/test_order.py::test_a_checksum_is_read_when_it_has_arrived",
     ),
-    _fault(
+    fault(
         "window-read-before-its-copies",
         "routing/load.py",
         "        return self._event is None or self._event.query()",
         "        return True",
-        "test_order.py::test_a_window_of_load_is_read_when_its_copies_have_arrived",
+        "npu/test_order.py::test_a_window_of_load_is_read_when_its_copies_have_arrived",
     ),
-    _fault(
+    fault(
         "host-table-not-updated-with-the-devices",
         "routing/tables.py",
         "            self._write(self.host_slots_LEM, index, slots)",
         "            pass",
-        "test_order.py::test_the_hosts_table_changes_with_the_devices",
+        "npu/test_order.py::test_the_hosts_table_changes_with_the_devices",
     ),
-    _fault(
+    fault(
         "no-warm-up-on-a-device",
         "comm/communicator.py",
         "        self._warm_up()\n",
         "",
-        "test_order.py::test_the_communicator_of_weights_exists_when_wrap_returns",
+        "npu/test_order.py::test_the_communicator_of_weights_exists_when_wrap_returns",
     ),
-    _fault(
+    fault(
         "steps-while-a-graph-is-captured",
         "runtime/engine.py",
         "        if capturing(self.comm.device):\n            return  # no step is made\n",
         "",
-        "test_order.py::test_no_step_is_made_while_a_graph_is_captured_and_replays_see_the_moves",
+        "npu/test_order.py::test_no_step_is_made_while_a_graph_is_captured_and_replays_see_the_moves",
     ),
-    _fault(
+    fault(
         "gloo-sends-before-the-copy-to-the-host",
         "comm/transport.py",
         "        if self._inner is None and self._sent.query():",
         "        if self._inner is None:",
-        "test_order.py::test_weights_through_the_hosts_memory_wait_for_its_copies",
+        "npu/test_order.py::test_weights_through_the_hosts_memory_wait_for_its_copies",
     ),
-    _fault(
+    fault(
         "copies-from-pageable-memory",
         "routing/device.py",
         "    return tensor.pin_memory().to(device, non_blocking=True)",
         "    return tensor.to(device, non_blocking=True)",
-        "test_waits.py::test_a_table_update_neither_waits_nor_overtakes_the_one_before",
+        "npu/test_waits.py::test_a_table_update_neither_waits_nor_overtakes_the_one_before",
     ),
     # ---- what torch_npu and HCCL ask for ------------------------------------------------------
-    _fault(
+    fault(
         "tiles-not-refused",
         "layers/experts.py",
         '            _refuse_tiles(f"layer {where}: {name}", tensor)\n',
         "",
-        "test_losses.py::test_weights_in_tiles_are_refused_with_the_remedy",
+        "npu/test_losses.py::test_weights_in_tiles_are_refused_with_the_remedy",
     ),
-    _fault(
+    fault(
         "tiles-received-into-directly",
         "runtime/prepare.py",
         "    return config.direct and not any(layer.has_tiles for layer in layers)",
         "    return config.direct",
-        "test_listed.py::test_lists_move_in_place_in_whatever_format",
+        "npu/test_listed.py::test_lists_move_in_place_in_whatever_format",
     ),
-    _fault(
+    fault(
         "lists-of-mixed-formats-not-refused",
         "layers/slots.py",
         '    tiles = "" if number is None else f":format {number}"',
         '    tiles = ""',
-        "test_listed.py::test_lists_of_mixed_formats_are_refused",
+        "npu/test_listed.py::test_lists_of_mixed_formats_are_refused",
     ),
-    _fault(
+    fault(
         "another-device-not-refused",
         "runtime/prepare.py",
         "    _check_current(device)\n",
         "",
-        "test_losses.py::test_a_model_on_another_than_the_current_device_is_refused",
+        "npu/test_losses.py::test_a_model_on_another_than_the_current_device_is_refused",
     ),
-    _fault(
+    fault(
         "watchdog-as-impatient-as-we",
         "comm/communicator.py",
         "_WATCHDOG_PATIENCE = 10\n",
         "_WATCHDOG_PATIENCE = 1\n",
-        "test_order.py::test_the_watchdog_of_weights_waits_much_longer_than_we_do",
+        "npu/test_order.py::test_the_watchdog_of_weights_waits_much_longer_than_we_do",
     ),
-    _fault(
+    fault(
         "failed-transfers-are-complete",
         "comm/transport.py",
         "            if over and (error := work.exception()) is not None:",
         "            if over and (error := None) is not None:",
-        "test_losses.py::test_a_failed_transfer_is_not_committed",
+        "npu/test_losses.py::test_a_failed_transfer_is_not_committed",
     ),
-    _fault(
+    fault(
         "lost-peers-keep-the-stream",
         "runtime/engine.py",
         "            self.comm.abandon_data_plane()\n",
         "",
-        "test_losses.py::test_whoever_is_left_alone_lives_on_with_the_last_placement[dies]",
+        "npu/test_losses.py::test_whoever_is_left_alone_lives_on_with_the_last_placement[dies]",
     ),
-    _fault(
+    fault(
         "several-messages-of-a-peer-in-one-batch",
         "comm/transport.py",
         "        return split_by_peer(self._operations)",
         "        return super()._batches()",
-        "test_order.py::test_no_batch_has_two_messages_from_one_rank_to_another",
+        "npu/test_order.py::test_no_batch_has_two_messages_from_one_rank_to_another",
     ),
     # ---- what Ascend does badly ---------------------------------------------------------------
-    _fault(
+    fault(
         "counted-in-64-bits",
         "routing/device.py",
         '_NARROW = ("npu",)',
         "_NARROW = ()",
-        "test_waits.py::test_a_forward_waits_as_often_as_is_documented_and_computes_in_32_bits",
+        "npu/test_waits.py::test_a_forward_waits_as_often_as_is_documented_and_computes_in_32_bits",
     ),
-    _fault(
+    fault(
         "quotas-solved-by-default",
         "values/choices.py",
         '_NO_SOLVER: Mapping[str, ReplicaChoice] = {"npu": "table"}',
         "_NO_SOLVER: Mapping[str, ReplicaChoice] = {}",
-        "test_waits.py::test_nothing_of_a_rebalance_makes_the_host_wait_for_the_device",
+        "npu/test_waits.py::test_nothing_of_a_rebalance_makes_the_host_wait_for_the_device",
     ),
-    _fault(
+    fault(
         "window-copied-to-pageable-memory",
         "routing/load.py",
         "pin_memory=self._on_device)",
         "pin_memory=False)",
-        "test_waits.py::test_nothing_of_a_rebalance_makes_the_host_wait_for_the_device",
+        "npu/test_waits.py::test_nothing_of_a_rebalance_makes_the_host_wait_for_the_device",
     ),
 )

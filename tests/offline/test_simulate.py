@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+import torch_eplb
 from torch_eplb.files.trace import Trace, read_trace
 from torch_eplb.offline.replay import NO_BALANCING, Replay, Settings, judge, replay
 from torch_eplb.offline.serving import Cycle
@@ -312,3 +313,13 @@ def test_wrong_cycles_are_refused() -> None:
         Settings(num_ranks=2, cycle=Cycle(collect_interval=20))
     with pytest.raises(ValueError, match=r"replan_above must be at least 1, got 0\.5"):
         Cycle(replan_above=0.5)
+
+
+def test_a_replayed_server_has_the_defaults_of_wrap() -> None:
+    wrapped = torch_eplb.Config()
+    assert Cycle() == Cycle(
+        collect_interval=wrapped.collect_interval,
+        plan_interval=wrapped.plan_interval,
+        replan_above=wrapped.replan_above,
+    )
+    assert Settings(num_ranks=2).window == wrapped.window

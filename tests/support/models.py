@@ -56,6 +56,20 @@ class Experts(nn.Module):
         return result
 
 
+class Elsewhere(nn.Module):
+    """Stands for experts that dispatch by themselves: there is nothing to compute."""
+
+    def __init__(self, num_experts: int = 8) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.up = nn.Parameter(torch.zeros(num_experts, 2))
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        return hidden_states
+
+
 class MoELayer(nn.Module):
     def __init__(self, num_experts: int, hidden: int, width: int, top_k: int) -> None:
         super().__init__()

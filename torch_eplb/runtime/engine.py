@@ -30,7 +30,7 @@ from torch_eplb.comm.agreement import agree, gather_json
 from torch_eplb.comm.saved_tensors import without_saved_tensors_hooks
 from torch_eplb.layers.context import LayerContext, recomputing
 from torch_eplb.layers.dispatch import BoundToRanks, Dispatch, make_dispatch
-from torch_eplb.layers.experts import common_owner
+from torch_eplb.layers.finding import common_owner
 from torch_eplb.layers.gather import gather_layer
 from torch_eplb.layers.graphs import forget_compiled
 from torch_eplb.layers.hooks import capturing

@@ -21,7 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch_eplb.comm.agreement import agree
 from torch_eplb.comm.communicator import Communicator, device_of, make_communicator
 from torch_eplb.files.expert_map import read_expert_map
-from torch_eplb.layers.experts import ExpertLayer, find_layers
+from torch_eplb.layers.experts import ExpertLayer
+from torch_eplb.layers.finding import find_layers
 from torch_eplb.layers.grouped import why_not
 from torch_eplb.layers.slots import Listed
 from torch_eplb.planner.messages import PlannerSettings
