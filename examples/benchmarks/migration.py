@@ -40,7 +40,7 @@ from torch.nn import functional as F
 
 import torch_eplb
 from torch_eplb.comm.communicator import make_communicator
-from torch_eplb.layers.experts import find_layers
+from torch_eplb.layers.finding import find_layers
 from torch_eplb.migration.exchange import Exchange
 from torch_eplb.schedule.schedule import make_schedule
 from torch_eplb.testing import Operation, record_operations, run_until
