@@ -1,12 +1,17 @@
-"""The short suite for other versions than those that everything is tested with: ``-m smoke``."""
+"""The short suite for other versions than those that everything is tested with, ``-m smoke``; and
+that no property is timed."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).parent
+
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 # Each subject's own tests: what torch, numpy and Python do for us, and each way of serving.
 SMOKE = (

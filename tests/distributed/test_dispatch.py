@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from support.models import QUICK, Experts, MoELayer, ToyModel, skewed_batch
 from support.ranks import run_ranks
 
 import torch_eplb
+from torch_eplb.layers import all_to_all
 from torch_eplb.testing import fake_process_group
 
 
@@ -106,6 +108,38 @@ def backward(rank: int, world_size: int, dispatch: str) -> None:
 @pytest.mark.parametrize("dispatch", ["all_to_all", "all_gather", "all_reduce"])
 def test_gradients_flow_through_dispatch_and_combine(dispatch: str) -> None:
     run_ranks(backward, 2 if dispatch == "all_reduce" else 3, dispatch)
+
+
+def sizes(rank: int, world_size: int, dtype_name: str) -> None:
+    """With as many rows as there may be, and with as many as there are."""
+    model = ToyModel(2, top_k=3).to(getattr(torch, dtype_name))
+    balancer = torch_eplb.wrap(
+        model, policy="static", num_redundant_experts=1, allow_training_with_moves=True
+    )
+    dtype = getattr(torch, dtype_name)
+    x = skewed_batch(0 if rank == 1 else 9 * (rank + 1), 16, rank, dtype=dtype)
+    found, rows = [], []
+    for in_vain in (1 << 30, -1):
+        before = balancer.stats()
+        inputs = x.clone().requires_grad_()
+        with patch.object(all_to_all, "_IN_VAIN", {"cpu": in_vain}):
+            out = balancer(inputs)
+            (out.float() ** 2).sum().backward()
+        after = balancer.stats()
+        rows.append(after.token_rows_sent - before.token_rows_sent)
+        found.append([out.detach(), inputs.grad, *(p.grad for p in model.parameters())])
+        model.zero_grad()
+    for padded, exact in zip(*found, strict=True):
+        assert (padded is None) == (exact is None)
+        assert padded is None or torch.equal(padded, exact)
+    total = torch.tensor(rows)
+    dist.all_reduce(total)
+    assert total[0] > total[1] > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bounds_of_sizes_and_exact_ones_give_the_same_bits(dtype: str) -> None:
+    run_ranks(sizes, 3, dtype)
 
 
 class ExternalExperts(Experts):

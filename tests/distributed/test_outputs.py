@@ -50,7 +50,7 @@ def serve(rank: int, world_size: int, options: dict[str, Any]) -> dict[str, Any]
     assert moving == stats.placement_version > 0
     assert stats.staging_bytes_peak <= stats.staging_bytes
     if options["dispatch"] == "all_to_all" and not options["num_redundant_experts"]:
-        # Every token goes once to each rank that it has something to do with, and comes back.
+        # Of every rank's tokens as many rows go to each rank, and come back, as may be needed.
         totals = torch.tensor([rows, stats.token_rows_sent, stats.token_bytes_sent])
         torch.distributed.all_reduce(totals)
         there = 4 * 16 + 2 * (4 + 4)  # hidden states, and per choice a weight and a slot
@@ -64,7 +64,7 @@ def serve(rank: int, world_size: int, options: dict[str, Any]) -> dict[str, Any]
 
 
 def rows_to_others(balancer: torch_eplb.ExpertLoadBalancer, choices: list[torch.Tensor]) -> int:
-    """Of a forward's choices, one list of ids per layer: tokens times other ranks they go to."""
+    """Of a forward's choices, one list of ids per layer: how many rows other ranks may need."""
     rank, rows = torch.distributed.get_rank(), 0
     for ids, experts in zip(choices, balancer.placement.experts, strict=True):
         holder = torch.empty(experts.size, dtype=torch.int64)
@@ -72,7 +72,8 @@ def rows_to_others(balancer: torch_eplb.ExpertLoadBalancer, choices: list[torch.
             torch.arange(experts.size) // experts.shape[1]
         )
         ranks = holder[ids] if experts.size == 8 else torch.zeros_like(ids)
-        rows += sum(len(set(chosen) - {rank}) for chosen in ranks.tolist())
+        hits = torch.bincount(ranks.reshape(-1), minlength=len(experts)).clamp(max=len(ids))
+        rows += int(hits.sum() - hits[rank])
     choices.clear()
     return rows
 

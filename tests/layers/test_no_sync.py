@@ -11,6 +11,7 @@ from __future__ import annotations
 import traceback
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_eplb
+from torch_eplb.layers import all_to_all
 from torch_eplb.testing import fake_process_group
 
 _PACKAGE = Path(torch_eplb.__file__).parent
@@ -36,10 +38,12 @@ COUNTS = "layers/all_to_all.py:_choose_together"
 LOCAL = "routing/rows.py:arrivals"
 LARGEST = "layers/all_gather.py:_ask"
 
-# dispatch, replica choice, experts, further options; what a layer reads back, in order.
+# dispatch, replica choice, experts, further options; what a layer reads back, in order. "in_vain"
+# is no option, but how many bytes may travel so that sizes need not be read.
 READS: list[tuple[str, str, str, dict[str, Any], list[str]]] = [
-    ("all_to_all", "batch", "plain", {}, [COUNTS, SIZES]),
-    ("all_to_all", "batch", "plain", {"cost": (300.0, 1.0)}, [COUNTS, SIZES]),
+    ("all_to_all", "batch", "plain", {}, [COUNTS]),
+    ("all_to_all", "batch", "plain", {"cost": (300.0, 1.0)}, [COUNTS]),
+    ("all_to_all", "batch", "plain", {"in_vain": -1}, [COUNTS, SIZES]),
     ("all_to_all", "local", "plain", {}, [SIZES]),
     ("all_to_all", "local", "plain", {"cost": (300.0, 1.0)}, [SIZES]),
     ("all_to_all", "table", "plain", {}, [SIZES]),
@@ -167,6 +171,8 @@ def forwards(rank: int, world_size: int, device: str, dispatch: str) -> list[lis
 
 def reads(device: str, dispatch: Any, choice: Any, kind: str, options: Any) -> list[str]:
     """What a layer's forward and backward read back on a fake device."""
+    options = dict(options)
+    in_vain = options.pop("in_vain", all_to_all._IN_VAIN_ON_DEVICES)
     model = nn.ModuleList(KINDS[kind]() for _ in range(LAYERS))
     balancer = torch_eplb.wrap(
         model,
@@ -201,7 +207,8 @@ def reads(device: str, dispatch: Any, choice: Any, kind: str, options: Any) -> l
         x = torch.zeros(TOKENS, HIDDEN, device=device, requires_grad=True)
         ids = torch.zeros(TOKENS, TOP_K, dtype=torch.int64, device=device)
         weights = torch.zeros(TOKENS, TOP_K, device=device, requires_grad=True)
-        with Reads() as found, OnHost(mode, slots_EM, found):
+        limit = patch.object(all_to_all, "_IN_VAIN_ON_DEVICES", in_vain)
+        with Reads() as found, OnHost(mode, slots_EM, found), limit:
             places = []
             for experts in model:
                 y = experts(x, ids, weights)

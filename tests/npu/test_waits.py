@@ -22,10 +22,7 @@ from torch_eplb.values.plan import Topology
 # What reads something back, once per layer: the counts of all ranks, sizes of what is to be sent,
 # or how many choices are local.
 READS = {
-    ("all_to_all", "batch", "FewKernelExperts"): [
-        "layers/all_to_all.py:_choose_together",
-        "layers/all_to_all.py:_plan",
-    ],
+    ("all_to_all", "batch", "FewKernelExperts"): ["layers/all_to_all.py:_choose_together"],
     ("all_to_all", "local", "FewKernelExperts"): ["layers/all_to_all.py:_plan"],
     ("all_to_all", "table", "FewKernelExperts"): ["layers/all_to_all.py:_plan"],
     ("all_to_all", "even", "FewKernelExperts"): ["layers/all_to_all.py:_plan"],

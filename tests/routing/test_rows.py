@@ -60,16 +60,50 @@ def test_every_choice_travels_in_one_row_and_arrives_in_its_slot(
         assert own == [row * top_k + k for k in mine]
 
 
-@given(batches())
-def test_a_device_finds_the_same_rows(batch: tuple[torch.Tensor, int, int]) -> None:
+def room_for_more(met: torch.Tensor, seed: int) -> torch.Tensor:
+    more = torch.randint(0, 4, (len(met),), generator=torch.Generator().manual_seed(seed))
+    return met.sum(1) + (more if met.shape[1] else 0)
+
+
+@given(batches(), st.integers(0, 9))
+def test_rows_that_carry_nothing_stand_behind_those_of_their_rank(
+    batch: tuple[torch.Tensor, int, int], seed: int
+) -> None:
     physical, ranks, slots = batch
     met = meet(physical, ranks, slots)
-    sent = departures(physical, met, int(met.sum()), slots)
+    exact = departures(physical, met, int(met.sum()), slots)
+    room = room_for_more(met, seed)
+    padded = departures(physical, met, int(room.sum()), slots, room)
+    carries = torch.cat(
+        [torch.arange(int(most)) < used for most, used in zip(room, met.sum(1), strict=True)]
+    )
+    assert torch.equal(padded.tokens_Q[carries], exact.tokens_Q)
+    assert torch.equal(padded.slots_QK[carries], exact.slots_QK)
+    assert (padded.slots_QK[~carries] == slots).all()
+    assert ((padded.tokens_Q >= 0) & (padded.tokens_Q < max(1, len(physical)))).all()
+    number = torch.cat((carries.nonzero().view(-1), room.sum().view(1)))
+    assert torch.equal(padded.row_TK, number[exact.row_TK])
+    carried = int(padded.begin_T[-2])
+    assert torch.equal(padded.by_token_Q[:carried], number[exact.by_token_Q])
+    assert not carries[padded.by_token_Q[carried:]].any()
+    assert torch.equal(padded.begin_T[:-1], exact.begin_T[:-1])
+    assert padded.begin_T[-1] == len(carries)
+
+
+@given(batches(), st.none() | st.integers(0, 9))
+def test_a_device_finds_the_same_rows(
+    batch: tuple[torch.Tensor, int, int], seed: int | None
+) -> None:
+    physical, ranks, slots = batch
+    met = meet(physical, ranks, slots)
+    room = None if seed is None else room_for_more(met, seed)
+    num_rows = int((met if room is None else room).sum())
+    sent = departures(physical, met, num_rows, slots, room)
     came = arrivals(sent.slots_QK, slots)
     elsewhere = physical.as_subclass(Elsewhere)
     met_there = meet(elsewhere, ranks, slots)
     assert torch.equal(met_there.as_subclass(torch.Tensor), met)
-    sent_there = departures(elsewhere, met_there, len(sent.tokens_Q), slots)
+    sent_there = departures(elsewhere, met_there, num_rows, slots, room)
     came_there = arrivals(sent_there.slots_QK.as_subclass(Elsewhere), slots, len(came.flat_C))
     for host, device in zip((*sent, *came), (*sent_there, *came_there), strict=True):
         assert torch.equal(host, device.as_subclass(torch.Tensor))

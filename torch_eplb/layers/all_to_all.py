@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,6 +16,26 @@ from torch_eplb.layers.journey import Journey
 from torch_eplb.routing import count_hits, departures, divide, meet, plan_dispatch, to_device
 
 __all__ = ["AllToAll"]
+
+# Bytes of rows that may travel without carrying anything, so that sizes need not be asked for: an
+# exchange and a wait take as long.
+_IN_VAIN = {"cpu": 128 << 10}
+_IN_VAIN_ON_DEVICES = 4 << 20
+
+
+class _Split(NamedTuple):
+    """A batch of all ranks, shared out.
+
+    Attributes:
+        physical_TK: the slots of this rank's choices.
+        send_R, receive_R: on the host, how many choices go to and come from each rank.
+        tokens_R: on the host, the tokens of each rank.
+    """
+
+    physical_TK: torch.Tensor
+    send_R: torch.Tensor
+    receive_R: torch.Tensor
+    tokens_R: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -48,7 +68,8 @@ class AllToAll(ComputesChoices[_Trip]):
         with torch.no_grad():
             ids_TK = self._logical(router_ids)
             counted_T = self._tokens(len(ids_TK), args, kwargs)
-            journey = self._plan(ids_TK, counted_T)
+            row_bytes = 2 * hidden_TH.shape[1] * hidden_TH.element_size()
+            journey = self._plan(ids_TK, counted_T, row_bytes)
         rows_CH, weights_C = journey.send(hidden_TH, weights_TK)
         identity = self._identity(hidden_TH, router_ids, weights_TK)
         shape = self._hidden_states(args, kwargs).shape
@@ -72,18 +93,31 @@ class AllToAll(ComputesChoices[_Trip]):
 
     # ---- who goes where -------------------------------------------------------------------------
 
-    def _plan(self, ids_TK: torch.Tensor, counted_T: torch.Tensor | None) -> Journey:
+    def _plan(
+        self, ids_TK: torch.Tensor, counted_T: torch.Tensor | None, row_bytes: int
+    ) -> Journey:
         """Choose replicas, count, and agree with the other ranks on the sizes of the exchange.
+
+        Args:
+            row_bytes: of a row, there and back.
 
         Raises:
             EPLBError: ranks are not in the same layer of the same step.
         """
         context, comm, num_slots = self.context, self.context.comm, self.context.tables.num_slots
+        room_R = None
         if context.tables.replica_choice == "batch":
-            physical_TK, num_choices = self._choose_together(ids_TK, counted_T)
+            split = self._choose_together(ids_TK, counted_T)
+            physical_TK, num_choices = split.physical_TK, int(split.receive_R.sum())
             met_RT = meet(physical_TK, comm.num_ranks, num_slots)
-            rows_R = met_RT.sum(1)
-            send, receive = torch.stack((rows_R, exchange_counts(rows_R, comm))).tolist()
+            if self._sizes_may_be_bounds(split, row_bytes):
+                room_R = split.send_R.clamp(max=len(ids_TK))
+                send = room_R.tolist()
+                receive = torch.minimum(split.receive_R, split.tokens_R).tolist()
+                room_R = to_device(room_R, ids_TK.device)
+            else:
+                rows_R = met_RT.sum(1)
+                send, receive = torch.stack((rows_R, exchange_counts(rows_R, comm))).tolist()
         else:
             physical_TK = self._choose(ids_TK, counted_T)
             met_RT = meet(physical_TK, comm.num_ranks, num_slots)
@@ -96,21 +130,36 @@ class AllToAll(ComputesChoices[_Trip]):
             ).tolist()
             context.position.compare(comm.heard(positions))
             num_choices = sum(choices)
-        rows = departures(physical_TK, met_RT, sum(send), num_slots)
+        rows = departures(physical_TK, met_RT, sum(send), num_slots, room_R)
         return Journey(rows, send, receive, num_choices, num_slots, comm)
 
-    def _choose_together(
-        self, ids_TK: torch.Tensor, counted_T: torch.Tensor | None
-    ) -> tuple[torch.Tensor, int]:
-        """Physical ids ``[T, K]`` on the counts of all ranks, and how many choices come here."""
+    def _sizes_may_be_bounds(self, split: _Split, row_bytes: int) -> bool:
+        """Whether the ranks send as many rows as there may be, which all of them know.
+
+        A rank gets no more rows than choices, and no more than there are tokens. How many fewer it
+        gets is only known where the choices are: an answer takes an exchange and a wait. Without
+        it, rows that carry nothing fill up; the more ranks or the fewer choices of a token, the
+        fewer they are. The same on all ranks.
+        """
+        ranks, top_k = self.context.comm.num_ranks, split.physical_TK.shape[1]
+        if ranks == 1:
+            return True
+        met = ranks * (1 - (1 - 1 / ranks) ** top_k)  # by a token whose choices are spread evenly
+        in_vain = int(split.tokens_R.max()) * (min(ranks, top_k) - met)
+        device = split.physical_TK.device.type
+        return in_vain * row_bytes <= _IN_VAIN.get(device, _IN_VAIN_ON_DEVICES)
+
+    def _choose_together(self, ids_TK: torch.Tensor, counted_T: torch.Tensor | None) -> _Split:
+        """Share the choices out on the counts of all ranks."""
         context, comm, tables = self.context, self.context.comm, self.context.tables
         hits_E = count_hits(ids_TK, self.layer.num_experts)
         position = context.position.enter(self.index)
-        counts = all_gather_counts(pad(hits_E, (0, 1), value=position), comm).cpu()
+        header = pad(pad(hits_E, (0, 1), value=len(ids_TK)), (0, 1), value=position)
+        counts = all_gather_counts(header, comm).cpu()
         context.position.compare(counts[:, -1].tolist())
         order_N, send_RS, receive_RS, most_active = plan_dispatch(
             ids_TK,
-            counts[:, :-1],
+            counts[:, :-2],
             comm.rank,
             tables.host_slots(self.index),
             comm.num_ranks,
@@ -124,7 +173,7 @@ class AllToAll(ComputesChoices[_Trip]):
             self._count(hits_E, to_device(send_RS.sum(1), ids_TK.device))
         else:
             self._count_some(ids_TK, divide(physical_TK, tables.num_slots), counted_T)
-        return physical_TK, int(receive_RS.sum())
+        return _Split(physical_TK, send_RS.sum(1), receive_RS.sum(1), counts[:, -2])
 
     def _in_place(
         self, order_N: torch.Tensor, send_RS: torch.Tensor, ids_TK: torch.Tensor

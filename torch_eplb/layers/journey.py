@@ -29,7 +29,7 @@ class Journey:
 
     Args:
         rows: what this rank sends.
-        send, receive: rows sent to and received from each rank.
+        send, receive: rows sent to and received from each rank, those that carry nothing included.
         num_choices: choices that come with them, where that is known.
         num_slots: S, slots of each rank.
         comm: the group.
@@ -92,7 +92,7 @@ class Journey:
 
     def back(self, results_CH: torch.Tensor, weights_C: torch.Tensor) -> torch.Tensor:
         partial_QH = add_up(results_CH, self._bags, weights_C)
-        return add_up(self._exchange(partial_QH, home=True), self._home)
+        return self._at_home(self._exchange(partial_QH, home=True))
 
     def there_again(self, grad_TH: torch.Tensor) -> torch.Tensor:
         """Gradients ``[C, H]`` of the weighted results."""
@@ -115,13 +115,17 @@ class Journey:
         hidden_QH, weights_QK, _ = parcel.open(self._exchange(buffer, home=True))
         # Choices in the bin find the row of zeros behind all rows.
         padded = torch.cat((weights_QK, weights_QK.new_zeros(1, top_k)))
-        return add_up(hidden_QH, self._home), padded.gather(0, row_TK)
+        return self._at_home(hidden_QH), padded.gather(0, row_TK)
 
     # ---- what they are made of ------------------------------------------------------------------
 
     @property
     def _bags(self) -> Bags:
         return Bags(self.found.by_row_C, self.found.begin_Q, self.found.row_C)
+
+    def _at_home(self, rows_QH: torch.Tensor) -> torch.Tensor:
+        """``[T, H]``: sums over each token's rows, and none of those that carried nothing."""
+        return add_up(rows_QH, self._home)[:-1]
 
     def _by_row(self, weights_TK: torch.Tensor) -> torch.Tensor:
         """Weights ``[Q, K]`` by row, 0 for choices of other ranks."""

@@ -27,9 +27,10 @@ class Departures(NamedTuple):
         tokens_Q: int64, the token of each row; rows stand by rank, then by token.
         row_TK: int64, the row that carries each choice; Q for those in the bin.
         slots_QK: int32, per row the local slots on its rank that compute it; S where a choice is
-            another rank's.
-        by_token_Q: int64, the rows by token, then by rank.
-        begin_T: int64 ``[T + 1]``, where each token's rows begin in ``by_token_Q``.
+            another rank's, and in rows that carry nothing.
+        by_token_Q: int64, the rows by token, then by rank; those that carry nothing are last.
+        begin_T: int64 ``[T + 2]``, where each token's rows begin in ``by_token_Q``, where those
+            that carry nothing begin, and Q.
     """
 
     tokens_Q: Tensor
@@ -82,15 +83,21 @@ def meet(physical_TK: Tensor, num_ranks: int, slots_per_rank: int) -> Tensor:
 
 
 def departures(
-    physical_TK: Tensor, met_RT: Tensor, num_rows: int, slots_per_rank: int
+    physical_TK: Tensor,
+    met_RT: Tensor,
+    num_rows: int,
+    slots_per_rank: int,
+    room_R: Tensor | None = None,
 ) -> Departures:
     """The rows that this rank sends.
 
     Args:
         physical_TK: as in `meet`.
         met_RT: from `meet`.
-        num_rows: Q, the sum of ``met_RT``.
+        num_rows: Q, the sum of ``met_RT``, or of ``room_R``.
         slots_per_rank: S.
+        room_R: int64 ``[ranks]``, how many rows go to each rank, at least the sums of ``met_RT``;
+            those left over carry nothing.
 
     >>> ids = torch.tensor([[0, 3], [1, 0], [2, 4]])
     >>> rows = departures(ids, meet(ids, 2, 2), 4, 2)
@@ -100,28 +107,55 @@ def departures(
     [[0, 2], [1, 1], [3, 4]]
     >>> rows.slots_QK.tolist()
     [[0, 2], [1, 0], [2, 1], [0, 2]]
+    >>> rows = departures(ids, meet(ids, 2, 2), 6, 2, room_R=torch.tensor([3, 3]))
+    >>> rows.slots_QK.tolist()
+    [[0, 2], [1, 0], [2, 2], [2, 1], [0, 2], [2, 2]]
     """
-    (num_tokens, top_k), (num_ranks, _) = physical_TK.shape, met_RT.shape
-    device = physical_TK.device
-    met = met_RT.reshape(-1)
+    (num_tokens, top_k), device = physical_TK.shape, physical_TK.device
+    turns_T = torch.arange(num_tokens, device=device)
     if on_host(physical_TK):
-        sent = torch.from_numpy(np.flatnonzero(met.numpy()))
+        place_RT, token_Q = _places_on_host(met_RT, room_R, num_rows)
     else:
         # Every row finds its place without a look at how many there are.
-        place = met.cumsum(0, dtype=count_dtype(physical_TK)).long() - 1
-        place = torch.where(met, place, num_rows)
-        sent = place.new_empty(num_rows + 1)
-        sent = sent.scatter_(0, place, torch.arange(len(met), device=device))[:num_rows]
-    row = sent.new_full(((num_ranks + 1) * num_tokens,), num_rows)
-    row[sent] = torch.arange(num_rows, device=device)
-    tokens_Q = remainder(sent, max(num_tokens, 1))
-    turns = torch.arange(num_tokens, device=device).unsqueeze(1)
-    row_TK = row[divide(physical_TK, slots_per_rank) * num_tokens + turns]
+        place_RT = _places(met_RT, room_R, num_rows)
+        token_Q = turns_T.new_full((num_rows + 1,), num_tokens)
+        token_Q.scatter_(0, place_RT.view(-1), turns_T.expand_as(place_RT).reshape(-1))
+        token_Q = token_Q[:num_rows]
+    row = torch.cat((place_RT.view(-1), place_RT.new_full((num_tokens,), num_rows)))
+    row_TK = row[divide(physical_TK, slots_per_rank) * num_tokens + turns_T.unsqueeze(1)]
     slots = torch.full((num_rows + 1, top_k), slots_per_rank, dtype=torch.int32, device=device)
     slots.scatter_(0, row_TK, remainder(physical_TK, slots_per_rank).int())
-    begin_T = torch.zeros(num_tokens + 1, dtype=torch.int64, device=device)
-    running_sum(met_RT.sum(0), out=begin_T[1:])
-    return Departures(tokens_Q, row_TK, slots[:num_rows], order_by_id(tokens_Q), begin_T)
+    begin_T = torch.full((num_tokens + 2,), num_rows, dtype=torch.int64, device=device)
+    begin_T[:1] = 0
+    running_sum(met_RT.sum(0), out=begin_T[1:-1])
+    tokens_Q = token_Q if room_R is None else token_Q.clamp(max=max(num_tokens - 1, 0))
+    return Departures(tokens_Q, row_TK, slots[:num_rows], order_by_id(token_Q), begin_T)
+
+
+def _places(met_RT: Tensor, room_R: Tensor | None, num_rows: int) -> Tensor:
+    """int64 ``[R, T]``: the row of each token to each rank; Q where none goes."""
+    dtype = count_dtype(met_RT)
+    place_RT = met_RT.view(-1).cumsum(0, dtype=dtype).view(met_RT.shape) - 1
+    if room_R is not None:
+        sent_R = met_RT.sum(1, dtype=dtype)
+        left_R = room_R.to(dtype) - sent_R
+        place_RT += (left_R.cumsum(0, dtype=dtype) - left_R).unsqueeze(1)
+    return torch.where(met_RT, place_RT, num_rows).long()
+
+
+def _places_on_host(met_RT: Tensor, room_R: Tensor | None, num_rows: int) -> tuple[Tensor, Tensor]:
+    """The same, and the token of each row, T in those that carry nothing."""
+    met = met_RT.numpy()
+    ranks_Q, tokens_Q = np.nonzero(met)
+    places = np.arange(len(tokens_Q))
+    if room_R is not None:
+        left_R = room_R.numpy() - np.bincount(ranks_Q, minlength=len(met))
+        places += (left_R.cumsum() - left_R)[ranks_Q]
+        tokens, tokens_Q = tokens_Q, np.full(num_rows, met.shape[1])
+        tokens_Q[places] = tokens
+    place_RT = np.full(met.shape, num_rows)
+    place_RT[met] = places
+    return torch.from_numpy(place_RT), torch.from_numpy(tokens_Q)
 
 
 def arrivals(slots_QK: Tensor, num_slots: int, num_choices: int | None = None) -> Arrivals:
