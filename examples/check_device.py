@@ -7,7 +7,9 @@
 It takes the accelerator that it finds (Ascend NPU, CUDA), or the CPU. Small models are served and
 compared with unwrapped copies while their experts move, in every way there is; then graphs are
 captured, the solver is compared with the host's, waits of the host are counted, and memory and time
-are measured. The exit status is 1 if anything was wrong.
+are measured: of what moves experts and of the hot path next to what the device takes for the bare
+transfers and copies, and of forwards that experts move beside. The exit status is 1 if anything was
+wrong.
 """
 
 from __future__ import annotations
@@ -147,6 +149,8 @@ def check(name: str, **options: Any) -> Callable[[Callable[..., str]], Callable[
 @check("all_to_all, local", dispatch="all_to_all", replica_choice="local")
 @check("all_to_all, table", dispatch="all_to_all", replica_choice="table")
 @check("all_to_all, even", dispatch="all_to_all", replica_choice="even")
+@check("all_gather, batch", dispatch="all_gather", replica_choice="batch")
+@check("all_gather, table", dispatch="all_gather", replica_choice="table", max_tokens_per_rank=32)
 @check("all_reduce, batch", dispatch="all_reduce", replica_choice="batch")
 @check("all_reduce, table", dispatch="all_reduce", replica_choice="table")
 @check("external, local", dispatch="external", replica_choice="local")
@@ -175,6 +179,12 @@ def serving(**options: Any) -> str:
 
 
 @check("captured graph, all_reduce", dispatch="all_reduce", replica_choice="table")
+@check(
+    "captured graph, all_gather",
+    dispatch="all_gather",
+    replica_choice="table",
+    max_tokens_per_rank=32,
+)
 @check("captured graph, external", dispatch="external", replica_choice="table")
 def captured(dispatch: str, **options: Any) -> str:
     """One captured forward stays right while experts move beneath it."""
@@ -254,15 +264,20 @@ def solver_name() -> str:
 
 
 @check("waits of the host, all_reduce, table", dispatch="all_reduce", expected=0)
+@check("waits of the host, all_gather, table", dispatch="all_gather", expected=0)
 @check("waits of the host, external, table", dispatch="external", expected=0)
 @check("waits of the host, all_to_all, table", dispatch="all_to_all", expected=2)
-def waits(dispatch: str, expected: int) -> str:
+@check("waits of the host, all_to_all, batch", dispatch="all_to_all", choice="batch", expected=2)
+def waits(dispatch: str, expected: int, choice: str = "table") -> str:
     """A forward of two layers makes the host wait as often as is documented."""
     module = torch.get_device_module(device)
     if not hasattr(module, "set_sync_debug_mode"):
         return f"skipped: {device.type} does not count them"
     model, _ = make(OwnDispatch if dispatch == "external" else Experts)
-    with wrap(model, dispatch=dispatch, replica_choice="table") as balancer, torch.inference_mode():
+    options: dict[str, Any] = {"dispatch": dispatch, "replica_choice": choice}
+    if dispatch == "all_gather":
+        options["max_tokens_per_rank"] = 32
+    with wrap(model, **options) as balancer, torch.inference_mode():
         x = batch(0, dispatch == "all_reduce")
         balancer(x)
         with warnings.catch_warnings(record=True) as caught:
@@ -287,7 +302,6 @@ def moving(transport: str) -> str:
     balancer = wrap(model, num_redundant_experts=0, replica_choice="table", transport=transport)
     group = before - taken - free_memory() - balancer.stats().staging_bytes
     placement = balancer.placement
-    ranks = dist.get_world_size()
     with balancer:
         swapped = torch_eplb.Placement(np.roll(placement.experts, 1, axis=1), EXPERTS)
         synchronize()
@@ -296,10 +310,58 @@ def moving(transport: str) -> str:
         synchronize()
         seconds = time.perf_counter() - start
         received = balancer.stats().bytes_received
+    ranks = dist.get_world_size()
+    bare = bare_transfers(received) if ranks > 1 and transport == "device" else 0.0
     memory = "" if device.type == "cpu" else f"{max(group, 0) / 2**20:.0f} MiB for both planes; "
     if ranks == 1:
         return f"{memory}one rank moves nothing"
-    return f"{memory}{received / 2**20:.0f} MiB received in {seconds:.2f} s"
+    said = f"{memory}{received / 2**20:.0f} MiB received in {seconds:.2f} s"
+    return f"{said}, bare transfers take {bare:.2f} s" if bare else said
+
+
+def bare_transfers(nbytes: int) -> float:
+    """Seconds in which a rank gets so many bytes from the one before it, in 16 messages."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    pieces = torch.empty(2, 16, nbytes // 16, dtype=torch.uint8, device=device)
+    seconds = 0.0
+    for _ in range(2):  # the first makes connections
+        operations = [
+            dist.P2POp(function, pieces[side, i], (rank + step) % ranks)
+            for i in range(16)
+            for side, (function, step) in enumerate(((dist.isend, 1), (dist.irecv, -1)))
+        ]
+        synchronize()
+        dist.barrier()
+        start = time.perf_counter()
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+        synchronize()
+        seconds = time.perf_counter() - start
+    return seconds
+
+
+@check("forwards beside which experts move")
+def beside() -> str:
+    """How much longer they take than others."""
+    if dist.get_world_size() == 1:
+        return "skipped: one rank moves nothing"
+    model, _ = make(hidden=1024, width=512)
+    quiet, moving = [], []
+    with wrap(model, replica_choice="table") as balancer, torch.inference_mode():
+        step = 0
+        while balancer.stats().rebalances < 2 and step < MOST_STEPS:
+            before = balancer.stats().bytes_received
+            x = batch(step, shared=False).repeat(1, 1024 // HIDDEN)
+            synchronize()
+            start = time.perf_counter()
+            balancer(x)
+            synchronize()
+            seconds = time.perf_counter() - start
+            (quiet if balancer.stats().bytes_received == before else moving).append(seconds)
+            step += 1
+    require(len(quiet) > 2 and len(moving) > 0, f"{len(quiet)} without moves, {len(moving)} with")
+    usual, other = (1e3 * sorted(times)[len(times) // 2] for times in (quiet[2:], moving))
+    return f"median {usual:.1f} ms, {other:.1f} ms where something has arrived"
 
 
 @check("hot path")
@@ -312,7 +374,11 @@ def hot_path() -> str:
     choices = torch.zeros(257, 120, dtype=torch.int64, device=device)
     count = per_call(lambda: count_hits(ids, 256))
     choose = per_call(lambda: choose_from_table(ids, choices))
-    return f"4096 tokens, top 8 of 256: counting {count:.0f} us, choosing {choose:.0f} us"
+    copy = per_call(ids.clone)
+    return (
+        f"4096 tokens, top 8 of 256: counting {count:.0f} us, choosing {choose:.0f} us, and a copy "
+        f"of the ids {copy:.0f} us"
+    )
 
 
 def per_call(function: Callable[[], Any]) -> float:

@@ -83,18 +83,19 @@ def test_lists_move_as_stacked_tensors_do(options: dict[str, Any], full: bool) -
     run_ranks(life, 2, options, full)
 
 
-def shared_out(rank: int, world_size: int) -> None:
+def shared_out(rank: int, world_size: int, dispatch: str) -> None:
     model, plain = make_listed(Listed, [list(range(EXPERTS))] * 2)
     first = [layer.experts.up[0] for layer in model.layers]
-    with torch_eplb.wrap(model, **QUICK) as balancer:
+    with torch_eplb.wrap(model, **QUICK, dispatch=dispatch) as balancer:
         # The objects that an optimizer may hold stay those of the experts that stay.
         assert (model.layers[1].experts.up[0] is first[1]) == (rank == 0)
-        serve(balancer, plain, rank, 2)
+        serve(balancer, plain, 0 if dispatch == "all_reduce" else rank, 2)
         assert_every_slot(balancer, plain)
 
 
-def test_a_full_list_is_sharded_and_served_by_all_to_all() -> None:
-    run_ranks(shared_out, 2)
+@pytest.mark.parametrize("dispatch", ["all_to_all", "all_gather", "all_reduce"])
+def test_a_full_list_is_sharded_and_served(dispatch: str) -> None:
+    run_ranks(shared_out, 2, dispatch)
 
 
 def states(rank: int, world_size: int, folder: str) -> None:

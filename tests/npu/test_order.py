@@ -188,10 +188,11 @@ def test_the_hosts_table_changes_with_the_devices() -> None:
     run_on_npus(planned_on_the_host, 2, delays=False)
 
 
-def captured(rank: int, world_size: int, dispatch: str, experts: str) -> None:
+def captured(rank: int, world_size: int, dispatch: str, experts: str, models: int) -> None:
     shared = dispatch == "all_reduce"
-    model, plain = make(experts)
     options = {"max_tokens_per_rank": 8} if dispatch == "all_gather" else {}
+    others = [wrap(make(experts)[0], dispatch=dispatch, **options) for _ in range(models - 1)]
+    model, plain = make(experts)
     balancer = wrap(model, dispatch=dispatch, **options)
     with torch.inference_mode():
         x = skewed_batch(8, HIDDEN, 0 if shared else rank).npu()
@@ -213,20 +214,23 @@ def captured(rank: int, world_size: int, dispatch: str, experts: str) -> None:
     tokens = 8 * (world_size if dispatch == "all_gather" else 1)
     # Layers, tokens that are counted here, choices, forwards that ran.
     assert balancer.load()[0].sum() == 2 * tokens * 2 * 4
+    assert all(other.stats().step == 0 for other in others)
 
 
 @pytest.mark.parametrize(
-    ("dispatch", "experts"),
+    ("dispatch", "experts", "models"),
     [
-        ("external", "ExternalExperts"),
-        ("all_reduce", "SentinelExperts"),
-        ("all_gather", "SentinelExperts"),
+        ("external", "ExternalExperts", 1),
+        ("all_reduce", "SentinelExperts", 1),
+        ("all_reduce", "SentinelExperts", 2),
+        ("all_gather", "SentinelExperts", 1),
+        ("all_gather", "SentinelExperts", 2),
     ],
 )
 def test_no_step_is_made_while_a_graph_is_captured_and_replays_see_the_moves(
-    dispatch: str, experts: str
+    dispatch: str, experts: str, models: int
 ) -> None:
-    run_on_npus(captured, 2, dispatch, experts, delays=False)
+    run_on_npus(captured, 2, dispatch, experts, models, delays=False)
 
 
 def moved_to_host(rank: int, world_size: int) -> None:

@@ -102,7 +102,8 @@ class Dispatch(BoundToRanks):
             note_traced(position.number)
             return
         position.count_entry()
-        if self.returns:
+        # A graph cannot hold an answer that is read here.
+        if self.returns and not capturing(self.context.comm.device):
             self.context.roster.call(position.at(self.index))
 
     def visit(self) -> None:
