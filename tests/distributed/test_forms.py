@@ -179,18 +179,6 @@ def test_a_class_of_that_name_that_is_called_otherwise_is_not_taken_for_it() -> 
     ("module", "name", "sizes", "says"),
     [
         (
-            "switch_transformers",
-            "SwitchTransformersModel",
-            {"d_model": 16, "d_kv": 4, "d_ff": 8, "num_layers": 2, "num_heads": 2},
-            r"mlp\.experts is a SwitchTransformersExperts: every expert is a module of its own",
-        ),
-        (
-            "nllb_moe",
-            "NllbMoeModel",
-            {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_sparse_step": 1},
-            r"\.experts is a NllbMoeExperts: every expert is a module of its own",
-        ),
-        (
             "vitpose_backbone",
             "VitPoseBackbone",
             {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
 from support.few_kernels import EXPERTS, HIDDEN, FewKernelModel
 from support.listed import TENSORS, Listed, ListedOutside, first_slots, make_listed
 from support.models import QUICK, skewed_batch
@@ -128,10 +130,61 @@ def states(rank: int, world_size: int, folder: str) -> None:
         with pytest.raises(RuntimeError, match=f"size mismatch for '{key}'"):
             balancer.load_state_dict(state)
         assert_every_slot(balancer, plain)
-        with pytest.raises(RuntimeError, match=r"up\.0 is one slot's of a ParameterList"):
+        with pytest.raises(RuntimeError, match=r"up\.0 is one slot's, of experts that are held"):
             torch_eplb.ShardedState(balancer).state_dict()
-        with pytest.raises(RuntimeError, match=r"up\.0 is one slot's of a ParameterList"):
+        # A folder of safetensors has the unwrapped model's keys.
+        if rank == 0:
+            save_file(expected, f"{folder}/model.safetensors")
+        dist.barrier()
+        torch_eplb.load_pretrained(balancer, folder)
+        for key, value in balancer.state_dict().items():
+            assert torch.equal(value, expected[key]), key
+        for layer, experts in zip(balancer.engine.layers, whole.layers, strict=True):
+            held = balancer.placement.experts[int(layer.name[7]), rank].tolist()
+            for entry, expert in zip(layer.module.up, held, strict=True):
+                assert torch.equal(entry, experts.experts.up[expert])
+        dist.barrier()
+        if rank == 0:
+            del expected[key := "layers.1.experts.up.7"]
+            save_file(expected, f"{folder}/model.safetensors")
+        dist.barrier()
+        with pytest.raises(RuntimeError, match=f"missing: {key}"):
             torch_eplb.load_pretrained(balancer, folder)
+
+
+def on_meta(rank: int, world_size: int, folder: str) -> None:
+    """A ParameterList is filled from the meta device."""
+    torch_eplb.register_layer(OnlyParameters, tensors=["up"])
+    whole, other = FewKernelModel(OnlyParameters, 2, 0), FewKernelModel(OnlyParameters, 2, 1)
+    if rank == 0:
+        save_file(whole.state_dict(), f"{folder}/model.safetensors")
+    dist.barrier()
+    with torch_eplb.wrap(other.to("meta"), **QUICK) as balancer:
+        torch_eplb.load_pretrained(balancer, folder)
+        serve(balancer, whole, rank, 2)
+        expected = whole.state_dict()
+        assert list(balancer.state_dict()) == list(expected)
+        assert all(torch.equal(v, expected[k]) for k, v in balancer.state_dict().items())
+
+
+class OnlyParameters(torch.nn.Module):
+    """An expert is a matrix, in a ParameterList."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts = EXPERTS
+        self.up = torch.nn.ParameterList(torch.randn(HIDDEN, HIDDEN) for _ in range(EXPERTS))
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        up = torch.stack(list(self.up))[top_k_index]
+        out = (up @ hidden_states[:, None, :, None]).squeeze(-1)
+        return (out * top_k_weights.unsqueeze(-1)).sum(1)
+
+
+def test_a_list_of_parameters_is_loaded_from_the_meta_device(tmp_path: Any) -> None:
+    run_ranks(on_meta, 2, str(tmp_path))
 
 
 def test_state_of_lists_is_logical_or_refused(tmp_path: Any) -> None:

@@ -64,7 +64,10 @@ def test_what_is_not_named_is_refused_with_the_remedy() -> None:
     with pytest.raises(ValueError, match=r"up_scale \(list\) .*or name it, if it is a list of ten"):
         find_layers(model)
     del experts.up_scale, experts.up_offset, experts.bias
-    with pytest.raises(ValueError, match=r"up is a ParameterList .*or name it .*register_layer"):
+    with pytest.raises(
+        ValueError,
+        match=r"up is a ParameterList .*only if they are named, with torch_eplb\.register",
+    ):
         find_layers(model)
 
 

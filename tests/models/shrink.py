@@ -57,7 +57,7 @@ RULES: tuple[tuple[str, int | None], ...] = (
     (r"mamba_d_head|mamba_head_dim|mamba_d_state|ssm_state_size|mamba_dt_rank", 8),
     (r"n_groups|mamba_n_groups|o_groups", 2),
     (r"mamba_chunk_size|chunk_size", 16),
-    (r"expert_capacity", 64),
+    (r"expert_capacity", 2),  # so that choices are dropped
     (r"ngram_vocab_size_base", 1000),
     (r"split_ngram_parts", 4),
     (r"rel_extent", 16),
@@ -121,6 +121,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "indexer_n_heads": 2,
     },
     "step3p5": {"sliding_window": 16},
+    "switch_transformers": {"decoder_start_token_id": 0},
     "vitpose_backbone": {"part_features": 16, "num_experts": 6},
     "zaya": {"num_experts_per_tok": 1},
 }

@@ -248,8 +248,10 @@ class Trial:
             spec = find_spec(module)
             if spec is None:
                 continue
-            for tensor in ExpertLayer("", module, spec).tensors():
-                tensor.data.copy_(tensor.data.roll(1, 0))
+            for part in ExpertLayer("", module, spec).parts():
+                moved = [part.slot(slot - 1 if slot else -1).clone() for slot in range(len(part))]
+                for slot, other in enumerate(moved):
+                    part.slot(slot).data.copy_(other)
         expected = self.expected(self.inputs(0))
         error = (_output(wrong, self.inputs(0)) - expected).abs().max()
         return bool(error > 20 * CLOSE * max(1.0, float(expected.abs().max())))

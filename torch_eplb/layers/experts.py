@@ -4,12 +4,13 @@ After `ExpertLayer.shard`, every expert-indexed tensor of the layer has one entr
 
     logical [8, ...]  ->  rank 0 of 2, slots (0, 1, 2, 3, 0): [5, ...]
 
-So has every list with a tensor per expert; `torch_eplb.layers.slots` makes the two one.
+So has every list with a tensor per expert, and so are modules with one expert each;
+`torch_eplb.layers.slots` makes all of these one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,14 @@ from torch_eplb.layers.slots import (
     tile_format,
 )
 from torch_eplb.layers.spec import BoundArguments, LayerSpec, skips_sentinel
+from torch_eplb.layers.submodules import (
+    around,
+    check_modules,
+    entry_name,
+    get_entries,
+    has_gap,
+    hold_entries,
+)
 
 _FULL = "full_experts"
 """Attribute of a module with a form of its own: the experts that its callers know."""
@@ -45,7 +54,7 @@ class ExpertLayer:
         num_experts: logical experts E.
         num_zero_experts: zero-compute experts Z, with ids E..E+Z-1.
         tensor_names: dotted names, relative to the module, of what is indexed by expert: tensors,
-            or lists of them.
+            or lists of them, or, with a gap for the slot, tensors in modules of their own.
         full_sizes: of each, the entries on dim 0 in the unwrapped module: E, or E + Z where it has
             unused ones for the zero-compute experts (transformers' LongCat-Flash). Nobody reads
             those: they are dropped, and zeros where the full tensor is made again.
@@ -87,7 +96,7 @@ class ExpertLayer:
     def named_tensors(self) -> list[tuple[str, torch.Tensor]]:
         """The same with their names; entry s of a list ``up`` is ``up.s``."""
         return [
-            (f"{name}.{slot}" if isinstance(part, Listed) else name, tensor)
+            (entry_name(name, slot) if isinstance(part, Listed) else name, tensor)
             for name, part in zip(self.tensor_names, self.parts(), strict=True)
             for slot, tensor in enumerate(part.tensors)
         ]
@@ -135,9 +144,20 @@ class ExpertLayer:
 
     def shard(self, experts: Sequence[int]) -> None:
         """Keep only the given logical experts, one per local slot, and free the others."""
+        spread = [name for name in self.tensor_names if has_gap(name)]
+        self._spread({name: self._part(name).select(experts) for name in spread})
         for name in self.tensor_names:
-            _set_part(self.module, name, self._part(name).select(experts))
+            if not has_gap(name):
+                _set_part(self.module, name, self._part(name).select(experts))
         self._is_sharded = True
+
+    def _spread(self, parts: Mapping[str, SlotTensors]) -> None:
+        """Have a module for each slot: all that it consists of is exchanged at once."""
+        like = {name: self._part(name).tensors[0] for name in parts}
+        for names in _alike(parts):
+            hold_entries(
+                self.module, {name: _parameters(parts[name].tensors, like[name]) for name in names}
+            )
 
     def compute_locally(self, num_slots: int) -> None:
         """Make the module's forward one over local slots; without this, ids stay global.
@@ -177,7 +197,11 @@ class ExpertLayer:
 
     def restore(self, full: Sequence[SlotTensors]) -> None:
         """Put what has all experts back and forget that the layer was sharded."""
-        for name, part in zip(self.tensor_names, full, strict=True):
+        given = dict(zip(self.tensor_names, full, strict=True))
+        self._spread({name: part for name, part in given.items() if has_gap(name)})
+        for name, part in given.items():
+            if has_gap(name):
+                continue
             whole = Stacked(part.tensors[0].flatten(0, 1)) if self.is_flat else part
             _set_part(self.module, name, whole)
         self._is_sharded = False
@@ -198,10 +222,16 @@ def _expert_tensor_names(layer: ExpertLayer) -> list[str]:
     found = dict(_named_tensors(module))
     if spec.tensors is not None:
         names = list(spec.tensors)
+        for alike in _alike(name for name in names if has_gap(name)):
+            check_modules(module, alike, where)
         for name in names:
+            if has_gap(name):
+                _check_list(where, name, get_entries(module, name), can_be_meta=True)
+                continue
             held = found[name] if name in found else _find(module, name)
             if is_list(held):
-                _check_list(f"layer {where}: {name}", list(held))
+                can_be_meta = isinstance(held, nn.ParameterList)
+                _check_list(where, name, list(held), can_be_meta)
             elif not isinstance(held, torch.Tensor) or name not in found:
                 what = "" if held is None else f" (it is a {type(held).__name__})"
                 raise ValueError(
@@ -259,6 +289,14 @@ def _refuse_tiles(what: str, tensor: torch.Tensor) -> None:
         )
 
 
+def _alike(names: Iterable[str]) -> list[list[str]]:
+    """Names with a gap by what they begin with: those of the same modules."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(around(name)[0], []).append(name)
+    return list(groups.values())
+
+
 def _find(module: nn.Module, name: str) -> Any:
     """The attribute of a dotted name, or None."""
     value: Any = module
@@ -267,28 +305,38 @@ def _find(module: nn.Module, name: str) -> Any:
     return value
 
 
-def _check_list(what: str, entries: Sequence[Any]) -> None:
-    """Refuse a list whose entries cannot take each other's place."""
+def _check_list(where: str, name: str, entries: Sequence[Any], can_be_meta: bool) -> None:
+    """Refuse a list whose entries cannot take each other's place.
+
+    Args:
+        where, name: of the layer and of the list, for messages.
+        entries: what is in it.
+        can_be_meta: whether the entries are parameters of modules, which loading gives memory.
+    """
     if not entries:
-        raise ValueError(f"{what} is an empty list; it needs a tensor for each local slot")
+        raise ValueError(
+            f"layer {where}: {name} is an empty list; it needs a tensor for each local slot"
+        )
+    first = entries[0]
     for slot, entry in enumerate(entries):
+        what = f"layer {where}: {entry_name(name, slot)}"
         if type(entry) not in (torch.Tensor, nn.Parameter):
             raise ValueError(
-                f"{what}.{slot} is a {type(entry).__name__}; the entries must be plain tensors, "
+                f"{what} is a {type(entry).__name__}; the entries must be plain tensors, "
                 "one for each local slot"
             )
-        if entry.is_meta:
+        if entry.is_meta and not can_be_meta:
             raise ValueError(
-                f"{what}.{slot} is on the meta device: experts that are held one by one must have "
-                "their weights before wrapping"
+                f"{what} is on the meta device: experts in a list that is no ParameterList must "
+                "have their weights before wrapping"
             )
-        if (entry.device, entry_layout(entry)) != (entries[0].device, entry_layout(entries[0])):
+        if (entry.device, entry_layout(entry)) != (first.device, entry_layout(first)):
             raise ValueError(
-                f"{what}.{slot} is {entry_layout(entry)} on {entry.device}, but {what}.0 is "
-                f"{entry_layout(entries[0])} on {entries[0].device} (dtype, shape, strides): "
+                f"{what} is {entry_layout(entry)} on {entry.device}, but {entry_name(name, 0)} is "
+                f"{entry_layout(first)} on {first.device} (dtype, shape, strides): "
                 "experts take each other's place, so all entries must be alike"
             )
-        if not in_tiles(entry):
+        if not entry.is_meta and not in_tiles(entry):
             byte_view(entry)
 
 
@@ -298,6 +346,8 @@ def _named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _get_part(module: nn.Module, name: str) -> SlotTensors:
+    if has_gap(name):
+        return Listed(get_entries(module, name))
     path, _, leaf = name.rpartition(".")
     held: Any = getattr(module.get_submodule(path), leaf)
     return Stacked(held) if isinstance(held, torch.Tensor) else Listed(held)
@@ -310,17 +360,23 @@ def _set_part(module: nn.Module, name: str, part: SlotTensors) -> None:
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     present: Any = getattr(owner, leaf)
-    like = present[0]
-    entries: list[torch.Tensor] = [
-        nn.Parameter(entry, requires_grad=like.requires_grad)
-        if isinstance(like, nn.Parameter) and not isinstance(entry, nn.Parameter)
-        else entry
-        for entry in part.tensors
-    ]
+    entries: list[Any] = list(part.tensors)
+    if isinstance(present[0], nn.Parameter):
+        entries = _parameters(entries, like=present[0])
     if isinstance(present, list):
         present[:] = entries
     else:
         setattr(owner, leaf, type(present)(entries))
+
+
+def _parameters(entries: Sequence[torch.Tensor], like: torch.Tensor) -> list[nn.Parameter]:
+    """Those that are none yet are made parameters, which want gradients if ``like`` does."""
+    return [
+        entry
+        if isinstance(entry, nn.Parameter)
+        else nn.Parameter(entry, requires_grad=like.requires_grad)
+        for entry in entries
+    ]
 
 
 def _set_tensor(module: nn.Module, name: str, value: torch.Tensor) -> None:

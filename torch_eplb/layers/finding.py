@@ -18,6 +18,7 @@ from torch_eplb.layers.refusals import (
 )
 from torch_eplb.layers.slots import Listed
 from torch_eplb.layers.spec import find_spec
+from torch_eplb.layers.submodules import entry_name
 
 __all__ = ["LayerChoice", "common_owner", "find_layers"]
 
@@ -89,7 +90,7 @@ def find_layers(
     refuse_shared_entries(
         model,
         {
-            f"{layer.name}.{name}.{slot}".lstrip("."): entry
+            f"{layer.name}.{entry_name(name, slot)}".lstrip("."): entry
             for layer in layers
             for name, part in zip(layer.tensor_names, layer.parts(), strict=True)
             if isinstance(part, Listed)

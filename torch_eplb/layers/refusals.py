@@ -56,10 +56,11 @@ def refuse_parts(
         if isinstance(part, _CONTAINERS) and len(part) == num_experts:
             raise ValueError(
                 f"layer {where}: {path or 'it'} is a {type(part).__name__} with one entry per "
-                "expert, and experts move as entries of stacked tensors: stack what its entries "
-                f"hold into parameters of {num_experts} entries on dim 0, or name it (a "
-                f"ParameterList, or a list of tensors) with {_REGISTER}. If it has nothing to do "
-                "with experts, name those that do"
+                f"expert, which move only if they are named, with {_REGISTER}: a ParameterList or "
+                f"list of tensors by its name, modules by all of their tensors, as in "
+                f"'{prefix}{{}}.weight' with {{}} for the number. Or stack what the entries hold "
+                f"into parameters of {num_experts} entries on dim 0. If it has nothing to do with "
+                "experts, name those that do"
             )
         for name, value in vars(part).items():
             if part is module and name == token_counts:
@@ -176,10 +177,10 @@ def refuse_shared_entries(model: nn.Module, entries: Mapping[str, torch.Tensor])
         f"{path}.{leaf}".lstrip("."): tensor
         for path, module in model.named_modules()
         for leaf, tensor in (*module._parameters.items(), *module._buffers.items())
-        if type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta
+        if type(tensor) in (torch.Tensor, nn.Parameter)
     }
     spans = sorted(
-        (tensor.untyped_storage().data_ptr(), *_span(tensor), name)
+        (_memory(tensor), *_span(tensor), name)
         for name, tensor in {**tensors, **entries}.items()
         if tensor.numel()
     )
@@ -188,12 +189,17 @@ def refuse_shared_entries(model: nn.Module, entries: Mapping[str, torch.Tensor])
         name, other = span[3], last[3]
         if span[0] == last[0] and span[1] < last[2] and (name in entries or other in entries):
             raise ValueError(
-                f"{other} and {name} share memory, and one of them is an expert's of a list: each "
-                "entry must be a tensor of its own that nothing else of the model has. Clone it, "
-                "or take the other out (del module.weight)"
+                f"{other} and {name} share memory, and one of them is an expert's that is held by "
+                "itself: it must be a tensor of its own that nothing else of the model has. Clone "
+                "it, or take the other out (del module.weight)"
             )
         if span[0] != last[0] or span[2] > last[2]:
             last = span
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """What tensors have in common that may share memory: on the meta device only themselves."""
+    return -id(tensor) if tensor.is_meta else tensor.untyped_storage().data_ptr()
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """What is indexed by expert, seen by slot: one stacked tensor, or a list with a tensor per expert.
 
     stacked   up [slots, ...]                 slot s is up[s]
-    listed    up = [[...], [...], ...]        slot s is up[s], an object of its own
+    listed    up = [[...], [...], ...]        slot s is up[s], an object of its own; the list may
+                                              also be spread over modules (`layers.submodules`)
 
 Whoever moves, saves or counts experts asks here, and need not know which of the two a layer has.
 """

@@ -41,9 +41,9 @@ class LayerSpec:
         hidden_states, expert_ids, expert_weights: names of forward's arguments; ``expert_weights``
             is None where forward takes none (``dispatch="external"`` only).
         num_experts: name of the attribute that holds the number of logical experts.
-        tensors: names of the tensors indexed by expert on dim 0, and of lists with a tensor per
-            expert, or None for every parameter and buffer of the module whose dim 0 has
-            ``num_experts`` entries.
+        tensors: names of the tensors indexed by expert on dim 0, of lists with a tensor per expert,
+            and, with ``{}``, of tensors in modules of their own; or None for every parameter and
+            buffer of the module whose dim 0 has ``num_experts`` entries.
         skips_sentinel: forward ignores choices whose id equals the number of local experts, so that
             ``dispatch="all_reduce"`` can mark foreign choices without changing any shape. None:
             transformers' experts, which do in all implementations but the eager loop.
@@ -109,8 +109,9 @@ def register_layer(
             to the number of local slots while the model is wrapped.
         tensors: names (dotted, relative to the module) of the parameters and buffers that are
             indexed by expert on dim 0, or of ParameterLists and attributes that are a list or tuple
-            with a tensor per expert; None takes all parameters and buffers whose dim 0 has E
-            entries.
+            with a tensor per expert; or, where experts are modules, of all tensors in these, with
+            ``{}`` for the number of the expert: "experts.{}.up.weight". None takes all parameters
+            and buffers whose dim 0 has E entries.
         skips_sentinel: forward ignores choices with id == ``module.num_experts``.
         token_mask: forward's argument of shape ``[...]``, bool, one entry per token: rows where it
             is false are padding, which is computed and not counted as load. A caller may leave it

@@ -7,6 +7,7 @@ same; a rank that finds an error tells the others, so that all of them raise.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,8 @@ from torch_eplb.values.plan import Topology
 from torch_eplb.version import __version__
 
 __all__ = ["Setup", "planner_settings", "prepare", "receives_directly"]
+
+logger = logging.getLogger("torch_eplb")
 
 
 @dataclass
@@ -107,7 +110,17 @@ def prepare(
     values = {f.name: getattr(inspected, f.name) for f in dataclasses.fields(_Inspected)}
     del values["device"]
     owners.reserve(layer.module for layer in inspected.layers)
+    if comm.rank == 0:
+        _say_remarks(inspected.layers)
     return Setup(model=model, comm=comm, weight_tokens=weight_tokens, **values)
+
+
+def _say_remarks(layers: Sequence[ExpertLayer]) -> None:
+    """What users of these classes of transformers should know, once for each."""
+    remarks = {type(layer.module).__name__: layer.form.remark for layer in layers if layer.form}
+    for name, remark in remarks.items():
+        if remark is not None:
+            logger.warning("%s: %s", name, remark)
 
 
 def _group(process_group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:

@@ -65,8 +65,7 @@ class ShardedState:
         Collective while experts are moving. Good until experts move again; then make another.
 
         Raises:
-            RuntimeError: the model has no values yet (meta device), or holds experts in
-                ParameterLists.
+            RuntimeError: the model has no values yet (meta device), or holds experts one by one.
             PeerLostError: a rank did not come within ``timeout``.
         """
         balancer = self._balancer

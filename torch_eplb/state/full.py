@@ -12,7 +12,8 @@ wrapped over other ranks, with other redundancy and another placement. The secon
 own memory: worth something only together with ``balancer.placement``, and the only one that needs
 no peers (after a `PeerLostError`, say).
 
-A `ParameterList` with a parameter per expert has a key for each, ``up.0`` to ``up.3``, with the
+A `ParameterList` with a parameter per expert has a key for each, ``up.0`` to ``up.3``, and so have
+experts that are modules of their own, ``expert_0.up.weight`` to ``expert_3.up.weight``, with the
 same two meanings. Plain lists of tensors are in no state dict, wrapped or not.
 """
 
@@ -27,10 +28,12 @@ from torch import nn
 
 from torch_eplb.layers.gather import gather_tensor
 from torch_eplb.layers.slots import Listed, SlotTensors, Stacked
+from torch_eplb.layers.submodules import around
 from torch_eplb.runtime.engine import Engine, Life
 from torch_eplb.state.wrapped import Wrapped, engines_of, gather_from_all
 
 __all__ = [
+    "EntryKeys",
     "ExpertTensor",
     "expert_lists",
     "expert_tensors",
@@ -40,12 +43,28 @@ __all__ = [
 ]
 
 
+class EntryKeys(NamedTuple):
+    """Keys of a list's entries, by slot in this rank's memory and by expert in the unwrapped model.
+
+    >>> EntryKeys("experts.expert_", ".up.weight").of(3)
+    'experts.expert_3.up.weight'
+    """
+
+    before: str
+    after: str
+
+    def of(self, number: int) -> str:
+        """The key of a slot or expert."""
+        return f"{self.before}{number}{self.after}"
+
+
 class ExpertTensor(NamedTuple):
     """One of the model's tensors, or lists of tensors, that are indexed by expert.
 
     Attributes:
         engine: what balances it.
         layer: index of its MoE layer there.
+        name: in the experts module.
         part: its slots here.
         num_experts: logical experts E.
         full_size: entries (on dim 0) in the unwrapped model: E, or more, which are unused.
@@ -54,6 +73,7 @@ class ExpertTensor(NamedTuple):
 
     engine: Engine
     layer: int
+    name: str
     part: SlotTensors
     num_experts: int
     full_size: int
@@ -126,14 +146,24 @@ def full_state_dict(
     indexed = [*experts.values(), *(tensor for _, tensor in lists.values())]
     scratch = None if keep and not cpu_offload else _scratch(indexed)
     gathered: dict[int, torch.Tensor | None] = {}
-    whole: dict[str, SlotTensors | None] = {}
+    whole: set[str] = set()
     for key, value in local.items():
         if key in lists:
-            base, tensor = lists[key]
-            if base not in whole:
-                full = whole[base] = _gather(tensor, keep, cpu_offload, scratch)
-                if full is not None:
-                    result.update((f"{base}{e}", entry) for e, entry in enumerate(full.tensors))
+            # What begins alike belongs together: experts are in order, with all that each has.
+            before = lists[key][0].before
+            if before not in whole:
+                whole.add(before)
+                alike = {keys: tensor for keys, tensor in lists.values() if keys.before == before}
+                full = {
+                    keys: _gather(tensor, keep, cpu_offload, scratch)
+                    for keys, tensor in alike.items()
+                }
+                for e in range(max(tensor.full_size for tensor in alike.values())):
+                    result.update(
+                        (keys.of(e), part.slot(e))
+                        for keys, part in full.items()
+                        if part is not None
+                    )
             continue
         if key in experts:
             # The same tensor may have several keys.
@@ -199,14 +229,17 @@ def load_full_state_dict(
             _write(tensor.part, value, tensor.held)
             # The model's own loading comes next, and copies this tensor onto itself.
             rest[key] = tensor.live
-    for base, tensor in dict(lists.values()).items():
-        keys = _keys(base, tensor)
+    loaded: list[tuple[EntryKeys, ExpertTensor]] = []
+    for names, tensor in dict(lists.values()).items():
+        keys = _keys(names, tensor)
         if keys[0] in full:
             entries = [full[key] for key in keys]
             _write(tensor.part, entries, tensor.held)
             for key in keys:
                 del rest[key]
-            rest.update((f"{base}{slot}", live) for slot, live in enumerate(tensor.part.tensors))
+            loaded.append((names, tensor))
+    for names, tensor in loaded:
+        rest.update((names.of(slot), live) for slot, live in enumerate(tensor.part.tensors))
     if assign:
         return balancer.module.load_state_dict(rest, strict=strict, assign=True)
     return balancer.module.load_state_dict(rest, strict=strict)
@@ -250,14 +283,18 @@ def _indexed(balancer: Wrapped) -> Iterator[ExpertTensor]:
         if engine.life is Life.UNWRAPPED:
             continue
         for index, layer in enumerate(engine.layers):
-            for part, size in zip(layer.parts(), layer.full_sizes, strict=True):
-                yield ExpertTensor(engine, index, part, layer.num_experts, size, layer.is_flat)
+            for name, part, size in zip(
+                layer.tensor_names, layer.parts(), layer.full_sizes, strict=True
+            ):
+                yield ExpertTensor(
+                    engine, index, name, part, layer.num_experts, size, layer.is_flat
+                )
 
 
 def expert_lists(
     balancer: Wrapped, local: Mapping[str, Any]
-) -> dict[str, tuple[str, ExpertTensor]]:
-    """Which entries of the same are one slot's: by key, the list's name with a dot, and the list.
+) -> dict[str, tuple[EntryKeys, ExpertTensor]]:
+    """Which entries of the same are one slot's: by key, the keys of the list, and the list.
 
     Slot s of a list ``up`` is ``up.s`` there, and expert e ``up.e`` in the unwrapped model.
     """
@@ -268,7 +305,12 @@ def expert_lists(
         for slot, entry in enumerate(tensor.part.tensors)
     }
     found = {key: known[id(value)] for key, value in local.items() if id(value) in known}
-    return {key: (key.removesuffix(str(slot)), tensor) for key, (slot, tensor) in found.items()}
+    lists = {}
+    for key, (slot, tensor) in found.items():
+        after = around(tensor.name)[1]
+        before = key.removesuffix(after).removesuffix(str(slot))
+        lists[key] = EntryKeys(before, after), tensor
+    return lists
 
 
 def refuse_lists(balancer: Wrapped, local: Mapping[str, Any], action: str) -> None:
@@ -279,15 +321,16 @@ def refuse_lists(balancer: Wrapped, local: Mapping[str, Any], action: str) -> No
     """
     for key in expert_lists(balancer, local):
         raise RuntimeError(
-            f"cannot {action}: {key} is one slot's of a ParameterList, and only stacked experts "
-            "have a sharded form. balancer.state_dict() and balancer.load_state_dict(...) know "
-            "such lists"
+            f"cannot {action}: {key} is one slot's, of experts that are held one by one, and only "
+            "stacked experts have a sharded form. balancer.state_dict(), "
+            "balancer.load_state_dict(...), balancer.save_pretrained(...) and "
+            "torch_eplb.load_pretrained(...) know such experts"
         )
 
 
-def _keys(base: str, tensor: ExpertTensor) -> list[str]:
+def _keys(names: EntryKeys, tensor: ExpertTensor) -> list[str]:
     """The unwrapped model's keys of a list."""
-    return [f"{base}{expert}" for expert in range(tensor.full_size)]
+    return [names.of(expert) for expert in range(tensor.full_size)]
 
 
 def _scratch(tensors: Iterable[ExpertTensor]) -> torch.Tensor | None:
@@ -332,7 +375,7 @@ def _problems(
     full: Mapping[str, Any],
     local: Mapping[str, Any],
     experts: Mapping[str, ExpertTensor],
-    lists: Mapping[str, tuple[str, ExpertTensor]],
+    lists: Mapping[str, tuple[EntryKeys, ExpertTensor]],
     strict: bool,
     assign: bool,
 ) -> list[str]:
@@ -341,8 +384,8 @@ def _problems(
     plain = _loads_plainly(model)
     entries = {
         key: tensor.part.tensors[0]
-        for base, tensor in dict(lists.values()).items()
-        for key in _keys(base, tensor)
+        for names, tensor in dict(lists.values()).items()
+        for key in _keys(names, tensor)
     }
     whole = {**{key: value for key, value in local.items() if key not in lists}, **entries}
     if strict and plain:
@@ -354,9 +397,9 @@ def _problems(
         # Which of them this rank needs depends on where experts are.
         problems += [
             f"missing key {key!r}: a list of experts is loaded whole, or not at all"
-            for base, tensor in dict(lists.values()).items()
-            for key in _keys(base, tensor)
-            if key not in full and not full.keys().isdisjoint(_keys(base, tensor))
+            for names, tensor in dict(lists.values()).items()
+            for key in _keys(names, tensor)
+            if key not in full and not full.keys().isdisjoint(_keys(names, tensor))
         ]
     for key, present in whole.items():
         per_expert = key in experts or key in entries

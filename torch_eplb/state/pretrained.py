@@ -18,7 +18,7 @@ import torch
 
 from torch_eplb.files.paths import PathLike
 from torch_eplb.state.conversions import Change, Converted, WholeChange, converted_names
-from torch_eplb.state.full import ExpertTensor, expert_tensors, refuse_lists
+from torch_eplb.state.full import ExpertTensor, expert_lists, expert_tensors
 from torch_eplb.state.materialize import materialize
 from torch_eplb.state.safetensor_files import Checkpoint, Reading
 from torch_eplb.state.weight_names import NameRule, usual_names
@@ -83,9 +83,8 @@ def load_pretrained(
         ImportError: safetensors is not installed.
         OSError: the folder or a file is missing or unreadable.
         ValueError: no checkpoint in the folder, or a malformed one.
-        RuntimeError: keys, shapes or dtypes do not fit, a buffer cannot be computed, or experts
-            are in ParameterLists. Or, found only when the model is written already: tied tensors
-            have different values.
+        RuntimeError: keys, shapes or dtypes do not fit, or a buffer cannot be computed. Or, found
+            only when the model is written already: tied tensors have different values.
         PeerLostError: a rank did not come within ``timeout``.
     """
     balancer = model
@@ -95,7 +94,6 @@ def load_pretrained(
     items: list[Reading] = []
     checkpoint, error = None, None
     try:
-        refuse_lists(balancer, _tensors(balancer), "load a folder of safetensors")
         checkpoint = Checkpoint(folder)
         items = _plan(balancer, checkpoint, names, strict)
     except (ImportError, OSError, ValueError, RuntimeError) as found:
@@ -143,6 +141,27 @@ def _tensors(balancer: Wrapped) -> dict[str, torch.Tensor]:
     return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
 
 
+def _unwrapped(balancer: Wrapped) -> tuple[dict[str, torch.Tensor], dict[str, list[str]]]:
+    """The same as the unwrapped model has it, where experts are held one by one.
+
+    Returns:
+        By the unwrapped model's key a tensor, of an expert's own one without values; and of each of
+        the latter the keys of the slots here that hold the expert, which may be none.
+    """
+    local = _tensors(balancer)
+    lists = expert_lists(balancer, local)
+    tensors = {key: value for key, value in local.items() if key not in lists}
+    slots: dict[str, list[str]] = {}
+    made: dict[tuple[int, int], torch.Tensor] = {}  # one of several keys, as the entries are
+    for keys, tensor in dict(lists.values()).items():
+        for expert in range(tensor.full_size):
+            entry = torch.empty_like(tensor.part.tensors[0], device="meta")
+            tensors[keys.of(expert)] = made.setdefault((id(tensor.part), expert), entry)
+            held = enumerate(tensor.held)
+            slots[keys.of(expert)] = [keys.of(slot) for slot, here in held if here == expert]
+    return tensors, slots
+
+
 def _plan(
     balancer: Wrapped, checkpoint: Checkpoint, names: NameRule | None, strict: bool
 ) -> list[Reading]:
@@ -151,7 +170,7 @@ def _plan(
     Raises:
         RuntimeError: keys, shapes or dtypes do not fit.
     """
-    tensors = _tensors(balancer)
+    tensors, slots = _unwrapped(balancer)
     converted = converted_names(
         balancer.module,
         checkpoint.files,
@@ -166,10 +185,10 @@ def _plan(
     if missing and callable(tie):
         # On the meta device a model may not have tied them yet.
         tie()
-        tensors = _tensors(balancer)
+        tensors, slots = _unwrapped(balancer)
         sources, missing = _find_sources(balancer, tensors, checkpoint, names, converted)
     problems = list(missing)
-    problems += _unsaved_experts(balancer, tensors)
+    problems += _unsaved_experts(balancer, _tensors(balancer))
     if strict:
         used = {
             name for by_expert in sources.values() for row in by_expert.values() for name in row
@@ -187,19 +206,20 @@ def _plan(
     _refuse(balancer, problems)
     experts = expert_tensors(balancer, tensors)
     items: list[Reading] = []
-    wanted: list[tuple[str, int | None, int | None]] = []
+    wanted: list[tuple[str, Reading, int | None]] = []
     for key in sources:
         if key in experts:
-            wanted += [(key, slot, expert) for slot, expert in enumerate(experts[key].held)]
+            held = enumerate(experts[key].held)
+            wanted += [(key, Reading("", key, slot), expert) for slot, expert in held]
         else:
-            wanted.append((key, None, None))
+            wanted += [(key, Reading("", own, None), None) for own in slots.get(key, [key])]
     shapes = checkpoint.describe(
         {name for key, _, expert in wanted for name in sources[key][expert]}
     )
-    for key, slot, expert in wanted:
+    for key, blank, expert in wanted:
         problems += _add_items(
             items,
-            Reading("", key, slot),
+            blank,
             expert,
             sources[key][expert],
             tensors[key],
