@@ -223,6 +223,35 @@ def measure_solver(
     )
 
 
+def measure_host(num_experts: int, ranks: int, redundant: int, seconds: float) -> None:
+    """One row: what "batch" costs a rank's host per layer, and the parts of it that grow."""
+    device = torch.device("cpu")
+    rng = np.random.default_rng(num_experts + ranks)
+    popularity = rng.lognormal(0, 0.8, num_experts)
+    tables = layer_tables(popularity, ranks, redundant, device)
+    drifted = popularity * rng.lognormal(0, 0.4, num_experts)
+    batches = [draw_ids(drifted, 256, rng) for _ in range(ranks)]
+    counts_RE = torch.stack([count_hits(ids, num_experts) for ids in batches])
+    counts_E, ids_TK = counts_RE.sum(0), batches[0]
+    slots_EM, per_rank = tables.host_slots(0), tables.num_slots
+
+    def batch(ranks_per_node: int | None) -> None:
+        count_hits(ids_TK, num_experts)
+        plan_dispatch(ids_TK, counts_RE, 0, slots_EM, ranks, per_rank, ranks_per_node)
+
+    calls: dict[str, Callable[[], object]] = {
+        "all": partial(batch, None),
+        "nodes": partial(batch, 8),
+        "solve": partial(solve_quotas, counts_E, slots_EM, ranks, per_rank),
+    }
+    times = medians_us(calls, device, seconds)
+    print(
+        f"{num_experts:7} {ranks:5} {redundant:9} {times['all']:9.0f} {times['nodes']:9.0f}"
+        f" {times['solve']:9.0f}",
+        flush=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", help="torch device, default cpu")
@@ -254,6 +283,17 @@ def main() -> None:
             for ranks in (8, 64) if arguments.short else (8, 16, 32, 64):
                 redundant = 64 if ranks == 64 else max(16, ranks)
                 measure_solver(num_experts, ranks, redundant, device, seconds / 3)
+        print(
+            "\nThe host's part of a layer under batch, 256 tokens a rank: count, solve, sizes, "
+            "order; microseconds. The same with nodes of 8 ranks; of it, the solver"
+        )
+        print("experts ranks redundant       all     nodes     solve")
+        for ranks, redundant in (
+            ((8, 16), (320, 384))
+            if arguments.short
+            else ((8, 16), (32, 32), (64, 64), (128, 128), (320, 384))
+        ):
+            measure_host(256, ranks, redundant, seconds)
 
 
 if __name__ == "__main__":

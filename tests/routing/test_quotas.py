@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.optimize import linprog
+from support.plain_solver import plain_quotas
 
 from torch_eplb.routing.quotas import solve_quotas, solve_quotas_device, solve_quotas_host
 
@@ -190,3 +191,35 @@ def test_the_same_counts_give_the_same_quotas_eager_and_compiled() -> None:
     for tokens in (0, 100, 1 << 20):
         counts = torch.from_numpy(skewed_counts(rng, 32, tokens))
         assert torch.equal(compiled(counts), solve_quotas(counts, slots, 8, 6))
+
+
+@pytest.mark.parametrize(
+    ("experts", "ranks", "redundant"),
+    [(8, 2, 2), (32, 8, 16), (64, 8, 16), (64, 32, 64), (256, 128, 128), (64, 80, 96)],
+)
+def test_the_host_finds_the_integers_of_the_plain_solver(
+    experts: int, ranks: int, redundant: int
+) -> None:
+    rng = np.random.default_rng(experts + ranks)
+    per_rank = (experts + redundant) // ranks
+    for placed in range(3):
+        slots = random_slots(rng, experts, ranks, per_rank)
+        if placed:  # drained slots: experts with other replicas lose their first
+            many = (slots >= 0).sum(axis=1) > 2
+            slots[many] = np.roll(slots[many], -1, axis=1)
+            slots[many, -1] = -1
+        for tokens in (5, 97, 300, 4096, 1_000_000) * 3:
+            counts = skewed_counts(rng, experts, tokens)
+            ours = solve_quotas_host(counts, slots, ranks, per_rank)
+            assert (ours == plain_quotas(counts, slots, ranks, per_rank)).all()
+
+
+def test_the_host_sees_that_slots_were_written_in_place() -> None:
+    rng = np.random.default_rng(3)
+    slots = random_slots(rng, 32, 8, 6)
+    counts = skewed_counts(rng, 32, 4096)
+    solve_quotas_host(counts, slots, 8, 6)
+    for _ in range(3):
+        slots[:] = random_slots(rng, 32, 8, 6)
+        ours = solve_quotas_host(counts, slots, 8, 6)
+        assert (ours == plain_quotas(counts, slots, 8, 6)).all()

@@ -1,9 +1,9 @@
 """The hot path on the device: counting hits, and from logical to physical ids.
 
 `ids` takes what a router gives; `tables` keeps what the placement says; `choose` reads it per
-batch; `quotas` balances a batch by tokens, and `costs` by what they cost; `intervals` turns quotas
-into what each rank sends and receives; `rows` makes one row per token and rank of it; `load` keeps
-the counters.
+batch; `quotas` balances a batch by tokens, and `costs` by what they cost, both with what `layouts`
+knows of a placement; `intervals` turns quotas into what each rank sends and receives; `rows` makes
+one row per token and rank of it; `load` keeps the counters.
 Knows no policy and starts no communication.
 """
 

@@ -24,6 +24,8 @@ from torch import Tensor
 from torch_eplb.routing.choose import choose_by_quota, order_by_id
 from torch_eplb.routing.costs import active_experts, split_batch, split_batch_host
 from torch_eplb.routing.device import to_device
+from torch_eplb.routing.host import on_host, stable_order
+from torch_eplb.routing.layouts import Layout
 from torch_eplb.routing.quotas import solve_quotas
 
 __all__ = ["DispatchPlan", "choose_locally", "interval_counts", "plan_dispatch"]
@@ -138,21 +140,31 @@ def plan_dispatch(
     """
     counts, slots = counts_RE.cpu().numpy(), slots_EM.cpu().numpy()
     quotas = split_batch_host(counts.sum(0), slots, num_ranks, slots_per_rank, weight_tokens)
+    layout = Layout.of(slots, num_ranks, slots_per_rank)
     groups = _groups(num_ranks, ranks_per_node)
-    sent, shift, received = _sizes(counts, quotas, source, slots, slots_per_rank, groups)
-    ids_N = topk_ids_TK.reshape(-1).long()
-    # Rows sorted by expert hold what goes to one slot in one piece: the shift says where.
-    pieces = to_device(torch.from_numpy(np.stack((shift, sent))), ids_N.device)
-    num_sent = int(sent.sum())
-    begin_N = torch.repeat_interleave(pieces[0], pieces[1], output_size=num_sent)
-    begin_N += torch.arange(num_sent, device=ids_N.device)
-    order_N = order_by_id(ids_N).gather(0, begin_N)
+    sent, shift, received = _sizes(counts, quotas, source, layout, groups)
     return DispatchPlan(
-        order_N,
+        _order_of_sending(topk_ids_TK.reshape(-1).long(), shift, sent),
         torch.from_numpy(sent.reshape(num_ranks, slots_per_rank)),
         torch.from_numpy(received),
         int(active_experts(quotas, slots, num_ranks, slots_per_rank).max()),
     )
+
+
+def _order_of_sending(
+    ids_N: Tensor, shift_P: NDArray[np.int64], sent_P: NDArray[np.int64]
+) -> Tensor:
+    """`DispatchPlan.order_N`: rows sorted by expert hold what goes to one slot in one piece, and
+    the shift of `_sizes` says where."""
+    num_sent = int(sent_P.sum())
+    if on_host(ids_N):
+        place_N = shift_P.repeat(sent_P)
+        place_N += np.arange(num_sent)
+        return torch.from_numpy(stable_order(ids_N.numpy()).take(place_N))
+    pieces = to_device(torch.from_numpy(np.stack((shift_P, sent_P))), ids_N.device)
+    begin_N = torch.repeat_interleave(pieces[0], pieces[1], output_size=num_sent)
+    begin_N += torch.arange(num_sent, device=ids_N.device)
+    return order_by_id(ids_N).gather(0, begin_N)
 
 
 def interval_counts(
@@ -185,10 +197,8 @@ def interval_counts(
     """
     groups = _groups(num_ranks, ranks_per_node)
     arrays = counts_RE.cpu().numpy(), quotas_EM.cpu().numpy()
-    slots = slots_EM.cpu().numpy()
-    rows = [
-        _sizes(*arrays, source, slots, slots_per_rank, groups)[0] for source in range(num_ranks)
-    ]
+    layout = Layout.of(slots_EM.cpu().numpy(), num_ranks, slots_per_rank)
+    rows = [_sizes(*arrays, source, layout, groups)[0] for source in range(num_ranks)]
     return torch.from_numpy(np.stack(rows))
 
 
@@ -203,8 +213,7 @@ def _sizes(
     counts_RE: NDArray[np.int64],
     quotas_EM: NDArray[np.int64],
     source: int,
-    slots_EM: NDArray[np.int64],
-    slots_per_rank: int,
+    layout: Layout,
     groups: Sequence[int],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """What ``source`` sends and receives.
@@ -215,33 +224,23 @@ def _sizes(
           choices sorted by expert, less their position in the order of sending;
         - ``[R, S]``, choices that the slots of ``source`` receive from each rank.
     """
-    num_ranks, num_experts = counts_RE.shape
     own_E = counts_RE[source]
-    first_E = slots_EM[:, 0]
+    first_E, per_rank = layout.slots_EM[:, 0], layout.slots_per_rank
     # All by physical expert. An expert without replicas has one interval: all of its tokens.
-    sent = np.zeros(num_ranks * slots_per_rank, dtype=np.int64)
+    sent = np.zeros(layout.num_ranks * per_rank, dtype=np.int64)
     start = np.zeros_like(sent)
     sent[first_E] = own_E
     start[first_E] = own_E.cumsum() - own_E
-    expert_of = np.full_like(sent, -1)
-    expert_of[first_E] = np.arange(num_experts)
-    mine_S = expert_of.reshape(num_ranks, slots_per_rank)[source]
+    mine_S = layout.expert_P[source * per_rank : (source + 1) * per_rank]
     received_RS = counts_RE[:, mine_S] * (mine_S >= 0)
-
-    experts_X = np.flatnonzero(slots_EM[:, 1] >= 0) if slots_EM.shape[1] > 1 else first_E[:0]
-    if len(experts_X):
-        slots_XM = slots_EM[experts_X]
-        present_XM = slots_XM >= 0
-        row_F, physical_F = np.nonzero(present_XM)[0], slots_XM[present_XM]
-        rank_F = physical_F // slots_per_rank
-        lines = _Lines(
-            counts_RE, source, experts_X, row_F, rank_F, quotas_EM[experts_X][present_XM]
-        )
+    if len(layout.experts_X):
+        lines = _Lines(counts_RE, source, layout, quotas_EM)
         sent_F, received_RM = lines.match(groups)
-        sent[physical_F] = sent_F
-        received_RS[:, physical_F[lines.mine] - source * slots_per_rank] = received_RM
+        sent[layout.physical_F] = sent_F
+        received_RS[:, layout.physical_F[lines.mine] - source * per_rank] = received_RM
         # An expert's replicas take contiguous pieces of its tokens, in ascending order.
-        start[physical_F] = start[slots_XM[row_F, 0]] + _running_sums(sent_F, row_F) - sent_F
+        before_F = _running_sums(sent_F, layout.head_F) - sent_F
+        start[layout.physical_F] = start[layout.physical_F[layout.head_F]] + before_F
     return sent, start - (sent.cumsum() - sent), received_RS
 
 
@@ -255,26 +254,24 @@ class _Lines:
     Args:
         counts_RE: choices of every source rank.
         source: this rank.
-        experts_X: experts with replicas.
-        row_F, rank_F: of each replica, its expert's place in ``experts_X``, and its rank.
-        quota_F: what each replica shall get; sums to the expert's counts.
+        layout: where the replicas are.
+        quotas_EM: what each replica shall get; rows sum to the experts' counts.
     """
 
     def __init__(
         self,
         counts_RE: NDArray[np.int64],
         source: int,
-        experts_X: NDArray[np.int64],
-        row_F: NDArray[np.int64],
-        rank_F: NDArray[np.int64],
-        quota_F: NDArray[np.int64],
+        layout: Layout,
+        quotas_EM: NDArray[np.int64],
     ) -> None:
-        self.counts_RE, self.source, self.experts_X = counts_RE, source, experts_X
-        self.row_F, self.rank_F = row_F, rank_F
+        self.counts_RE, self.source, self.experts_X = counts_RE, source, layout.experts_X
+        self.row_F, self.rank_F, self.head_F = layout.row_F, layout.rank_F, layout.head_F
+        quota_F = quotas_EM.reshape(-1).take(layout.flat_F)
         # First of all a rank keeps what its own replica may get.
-        self.kept_F = np.minimum(counts_RE[rank_F, experts_X[row_F]], quota_F)
+        self.kept_F = np.minimum(counts_RE[layout.rank_F, layout.expert_F], quota_F)
         self.quota_F = quota_F - self.kept_F
-        self.mine = np.flatnonzero(rank_F == source)
+        self.mine = np.flatnonzero(layout.rank_F == source)
 
     def match(self, groups: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """What ``source`` sends to each replica, and what its own receive from each rank.
@@ -300,9 +297,8 @@ class _Lines:
             group, first = source // size, source // size * size
             met_GX = self._met(size)
             in_group_X = begin_X - self._before(first)
-            quotas_end_F = _running_sums(
-                self.quota_F, self.row_F * len(met_GX) + self.rank_F // size
-            )
+            line_F = self.row_F * len(met_GX) + self.rank_F // size
+            quotas_end_F = _running_sums(self.quota_F, np.searchsorted(line_F, line_F))
             near_F = self.rank_F // size == group
             sent_F += near_F * _overlap(
                 in_group_X[self.row_F], own_X[self.row_F], quotas_end_F, self.quota_F
@@ -322,7 +318,7 @@ class _Lines:
             self.quota_F = _past(quotas_end_F, self.quota_F, met_F)
             met_RM = met_GX[:, self.row_F[mine]].repeat(size, axis=0)
             theirs_RM = _past(counts_end_RM, theirs_RM, met_RM)
-        quotas_end_F = _running_sums(self.quota_F, self.row_F)
+        quotas_end_F = _running_sums(self.quota_F, self.head_F)
         sent_F += _overlap(begin_X[self.row_F], own_X[self.row_F], quotas_end_F, self.quota_F)
         received_RM += _overlap(
             theirs_RM.cumsum(0) - theirs_RM, theirs_RM, quotas_end_F[mine], self.quota_F[mine]
@@ -358,10 +354,10 @@ class _Lines:
         return np.minimum(counts_GX, quotas_GX)
 
 
-def _running_sums(values_F: NDArray[np.int64], line_F: NDArray[np.int64]) -> NDArray[np.int64]:
-    """``[F]``: sums up to and with each value over its line; values of a line are in a row."""
+def _running_sums(values_F: NDArray[np.int64], head_F: NDArray[np.int64]) -> NDArray[np.int64]:
+    """``[F]``: sums up to and with each value over its line; values of a line are in a row, and
+    ``head_F`` is where it begins."""
     sums_F = values_F.cumsum()
-    head_F = np.searchsorted(line_F, line_F)  # the first of the line
     within: NDArray[np.int64] = sums_F - (sums_F[head_F] - values_F[head_F])
     return within
 

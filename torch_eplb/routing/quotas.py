@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import chain
+from operator import sub
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torch_eplb.routing.host import on_host
+from torch_eplb.routing.layouts import Layout
 
 __all__ = ["solve_quotas", "solve_quotas_device", "solve_quotas_host"]
 
 _Solver = Callable[[Tensor, Tensor, int, int], Tensor]
+_Job = list[Any]
+"""An expert's ranks, `Layout.read_X`, parts, and the loads of its ranks when it levelled them."""
 
 _TOLERANCE_BITS = 10  # the host stops within 2^-10 of the lower bound on the peak
 _MAX_SWEEPS = 3
@@ -115,49 +121,47 @@ def solve_quotas_host(
     quotas[:, 0] = counts_E
     if slots_EM.shape[1] == 1:
         return quotas
-    experts = np.flatnonzero((slots_EM[:, 1] >= 0) & (counts_E > 0))
-    if len(experts) == 0:
-        return quotas
-    experts = experts[np.argsort(-counts_E[experts], kind="stable")]
-    # bincount adds in float64, exact below 2^53.
-    loads = np.bincount(slots_EM[:, 0] // slots_per_rank, weights=counts_E, minlength=num_ranks)
-    slots_XM = slots_EM[experts]
-    present_XM = slots_XM >= 0
-    ranks = (slots_XM[present_XM] // slots_per_rank).tolist()
-    ends = present_XM.sum(axis=1).cumsum().tolist()
-    batch = _Batch(
-        counts_E[experts].tolist(),
-        [ranks[begin:end] for begin, end in zip([0, *ends], ends, strict=False)],
-        loads.astype(np.int64).tolist(),
-    )
-    batch.water_fill()
-    batch.push()
-    rows = np.zeros(slots_XM.shape, dtype=np.int64)
-    rows[present_XM] = [part for parts in batch.parts for part in parts]
-    quotas[experts] = rows
+    layout = Layout.of(slots_EM, num_ranks, slots_per_rank)
+    batch = _Batch(counts_E, layout)
+    if batch.order:
+        batch.water_fill()
+        batch.push()
+        parts = np.fromiter(chain.from_iterable(batch.parts), np.int64, len(layout.flat_F))
+        quotas.reshape(-1)[layout.flat_F] = parts
     return quotas
 
 
 class _Batch:
     """The tokens of one batch's replicated experts, and the loads that they make.
 
+    Args:
+        counts_E: tokens of every expert.
+        layout: where their replicas are.
+
     Attributes:
-        tokens: per replicated expert.
-        ranks: per replicated expert, the ranks of its replicas.
-        parts: per replicated expert, the tokens of each replica.
-        loads: per rank.
+        order: replicated experts that have tokens, as places in `Layout.experts_X`: those with
+            most tokens first.
+        parts: per replicated expert, the tokens of each replica; at first the first one has all.
+        loads: per rank; replicated experts count from when they are first levelled.
         bound: no split has a peak below it.
     """
 
-    def __init__(self, tokens: list[int], ranks: list[list[int]], loads: list[int]) -> None:
-        self.tokens = tokens
-        self.ranks = ranks
-        self.loads = loads
-        self.parts = [[0] * len(where) for where in ranks]
-        mean = -(-sum(loads) // len(loads))
-        for count, where in zip(tokens, ranks, strict=True):
-            loads[where[0]] -= count
-        self.bound = max(mean, *loads)
+    def __init__(self, counts_E: NDArray[np.int64], layout: Layout) -> None:
+        self.layout = layout
+        num_ranks = layout.num_ranks
+        counts_X = counts_E[layout.experts_X]
+        self.order = np.argsort(-counts_X, kind="stable")[: np.count_nonzero(counts_X)].tolist()
+        self.parts = [
+            [count] + [0] * (len(where) - 1)
+            for count, where in zip(counts_X.tolist(), layout.ranks_X, strict=True)
+        ]
+        # bincount adds in float64, exact below 2^53.
+        single_E = counts_E * layout.single_E
+        loads_R = np.bincount(layout.first_rank_E, weights=single_E, minlength=num_ranks)
+        self.loads = loads_R.astype(np.int64).tolist()
+        self.bound = max(-(-int(counts_E.sum()) // num_ranks), *self.loads)
+        self.place = [-1] * len(self.parts)  # of each expert in `order`
+        self.held_R: list[list[tuple[int, int]] | None] = [None] * num_ranks
 
     @property
     def goal(self) -> int:
@@ -165,24 +169,39 @@ class _Batch:
         return self.bound + (self.bound >> _TOLERANCE_BITS)
 
     def water_fill(self) -> None:
-        """Level each expert's ranks in turn, until the peak is good or hardly falls."""
-        loads, goal = self.loads, self.goal
+        """Level each expert's ranks in turn, until the peak is good or hardly falls.
+
+        An expert whose ranks have not changed since it levelled them would find the same again:
+        from the second sweep on that is half of all.
+        """
+        layout, loads, goal = self.layout, self.loads, self.goal
+        jobs: list[_Job] = [
+            [layout.ranks_X[row], layout.read_X[row], self.parts[row], None] for row in self.order
+        ]
         previous = 0
         for sweep in range(_MAX_SWEEPS):
-            for count, where, parts in zip(self.tokens, self.ranks, self.parts, strict=True):
-                if len(where) == 2:  # nearly all experts: worth a path of its own
+            for job in jobs:
+                where, read, parts, known = job
+                if not sweep:
+                    loads[where[0]] += parts[0]
+                if read is None:  # two replicas, as nearly all have
                     one, two = where
-                    load_one, load_two = loads[one] - parts[0], loads[two] - parts[1]
-                    first = (count + load_two - load_one + 1) >> 1
-                    first = 0 if first < 0 else count if first > count else first
-                    parts[:] = first, count - first
-                    loads[one] = load_one + first
-                    loads[two] = load_two + count - first
+                    move = (loads[two] - loads[one] + 1) >> 1
+                    if move:
+                        move = min(move, parts[1]) if move > 0 else max(move, -parts[0])
+                        parts[0] += move
+                        parts[1] -= move
+                        loads[one] += move
+                        loads[two] -= move
                     continue
-                below = [loads[rank] - part for rank, part in zip(where, parts, strict=True)]
-                parts[:] = _level(count, below)
-                for rank, load, part in zip(where, below, parts, strict=True):
-                    loads[rank] = load + part
+                here = read(loads)
+                if here != known:
+                    below = list(map(sub, here, parts))
+                    level = _level(sum(here), below)
+                    parts[:] = map(sub, level, below)
+                    for rank, load in zip(where, level, strict=True):
+                        loads[rank] = load
+                    job[3] = tuple(level)
             peak = max(loads)
             if peak <= goal or (sweep and peak >= previous - (previous >> 8)):
                 return
@@ -190,58 +209,67 @@ class _Batch:
 
     def push(self) -> None:
         """Move tokens along paths of replicas until no rank is above the goal."""
-        loads = self.loads
-        over = [rank for rank, load in enumerate(loads) if load > self.goal]
+        loads, goal = self.loads, self.goal
+        over = [rank for rank, load in enumerate(loads) if load > goal]
         if not over:
             return
-        experts_at: list[list[int]] = [[] for _ in loads]
-        for expert, where in enumerate(self.ranks):
-            for rank in where:
-                experts_at[rank].append(expert)
+        for place, expert in enumerate(self.order):
+            self.place[expert] = place
         for _ in range(_MAX_PUSHES):
             while over and loads[over[-1]] <= self.goal:
                 over.pop()
             if not over:
                 return
-            reached, came_from, end = self._search(over[-1], experts_at)
+            reached, came_from, end = self._search(over[-1])
             if end < 0:
                 self.bound = -(-sum(loads[rank] for rank in reached) // len(reached))
             else:
                 self._move(over[-1], end, came_from)
 
-    def _search(
-        self, source: int, experts_at: list[list[int]]
-    ) -> tuple[list[int], dict[int, tuple[int, int]], int]:
+    def _held(self, rank: int) -> list[tuple[int, int]]:
+        """`Layout.at_R` of a rank, the expert with most tokens first."""
+        held = self.held_R[rank]
+        if held is None:
+            place = self.place
+            held = sorted(self.layout.at_R[rank], key=lambda replica: place[replica[0]])
+            self.held_R[rank] = held
+        return held
+
+    def _search(self, source: int) -> tuple[list[int], list[tuple[int, int] | None], int]:
         """Breadth first over the ranks that could take over tokens, directly or in a chain.
 
         Returns the ranks reached, the (rank, expert) that each was reached from, and the first
         one below the bound, or -1.
         """
-        came_from: dict[int, tuple[int, int]] = {source: (source, -1)}
+        loads, parts, ranks, bound = self.loads, self.parts, self.layout.ranks_X, self.bound
+        came_from: list[tuple[int, int] | None] = [None] * len(loads)
+        came_from[source] = source, -1
         queue = [source]
-        seen = set()
+        seen = [False] * len(parts)
         for rank in queue:
-            for expert in experts_at[rank]:
-                where = self.ranks[expert]
-                if expert in seen or not self.parts[expert][where.index(rank)]:
+            for expert, index in self._held(rank):
+                if seen[expert] or not parts[expert][index]:
                     continue
-                seen.add(expert)
-                for other in where:
-                    if other not in came_from:
-                        came_from[other] = (rank, expert)
+                seen[expert] = True
+                step = rank, expert
+                for other in ranks[expert]:
+                    if came_from[other] is None:
+                        came_from[other] = step
                         queue.append(other)
-                        if self.loads[other] < self.bound:
+                        if loads[other] < bound:
                             return queue, came_from, other
         return queue, came_from, -1
 
-    def _move(self, source: int, end: int, came_from: dict[int, tuple[int, int]]) -> None:
+    def _move(self, source: int, end: int, came_from: list[tuple[int, int] | None]) -> None:
         """Push as much from ``source`` to ``end`` as both loads and the path's parts allow."""
         amount = min(self.loads[source] - self.bound, self.bound - self.loads[end])
         path = []
         rank = end
         while rank != source:
-            before, expert = came_from[rank]
-            where, parts = self.ranks[expert], self.parts[expert]
+            step = came_from[rank]
+            assert step is not None
+            before, expert = step
+            where, parts = self.layout.ranks_X[expert], self.parts[expert]
             path.append((parts, where.index(before), where.index(rank)))
             amount = min(amount, parts[path[-1][1]])
             rank = before
@@ -252,24 +280,46 @@ class _Batch:
         self.loads[end] += amount
 
 
-def _level(count: int, loads: list[int]) -> list[int]:
-    """Pour ``count`` tokens onto ``loads`` so that the highest touched one is as low as possible.
+def _level(total: int, below: list[int]) -> list[int]:
+    """Pour an expert's tokens onto the loads of its ranks without them, so that the highest
+    touched one is as low as possible.
 
-    >>> _level(10, [4, 0, 9])
-    [3, 7, 0]
+    Args:
+        total: the loads' sum, and the tokens.
+        below: the loads.
+
+    >>> _level(23, [4, 0, 9])  # 10 tokens
+    [7, 7, 9]
     """
-    order = sorted(range(len(loads)), key=loads.__getitem__)
-    total, used = count, 0
-    for index in order:
-        if used and loads[index] * used >= total:
-            break
-        total += loads[index]
-        used += 1
+    size, highest = len(below), max(below)
+    if highest * size < total:  # nearly always: every rank is below what the tokens reach
+        level, rest = divmod(total, size)
+        if not rest:
+            return [level] * size
+        # The lowest get one more. Who they are needs no order where it is one, or all but one.
+        if rest == 1:
+            loads = [level] * size
+            loads[below.index(min(below))] += 1
+            return loads
+        if rest == size - 1:
+            loads = [level + 1] * size
+            below.reverse()
+            loads[size - 1 - below.index(highest)] = level
+            below.reverse()
+            return loads
+    order = sorted(range(size), key=below.__getitem__)
+    used = size
+    # As long as the highest load is above what the tokens would make of the others.
+    while used > 1 and (highest := below[order[used - 1]]) * used >= total:
+        total -= highest
+        used -= 1
     level, rest = divmod(total, used)
-    parts = [0] * len(loads)
-    for position, index in enumerate(order[:used]):
-        parts[index] = level - loads[index] + (position < rest)
-    return parts
+    loads = below.copy()
+    for index in order[:used]:
+        loads[index] = level
+    for index in order[:rest]:
+        loads[index] += 1
+    return loads
 
 
 def solve_quotas_device(
