@@ -227,8 +227,8 @@ def _sizes(
     own_E = counts_RE[source]
     first_E, per_rank = layout.slots_EM[:, 0], layout.slots_per_rank
     # All by physical expert. An expert without replicas has one interval: all of its tokens.
-    sent = np.zeros(layout.num_ranks * per_rank, dtype=np.int64)
-    start = np.zeros_like(sent)
+    sent: NDArray[np.int64] = np.zeros(layout.num_ranks * per_rank, dtype=np.int64)
+    start: NDArray[np.int64] = np.zeros_like(sent)
     sent[first_E] = own_E
     start[first_E] = own_E.cumsum() - own_E
     mine_S = layout.expert_P[source * per_rank : (source + 1) * per_rank]
@@ -241,7 +241,8 @@ def _sizes(
         # An expert's replicas take contiguous pieces of its tokens, in ascending order.
         before_F = _running_sums(sent_F, layout.head_F) - sent_F
         start[layout.physical_F] = start[layout.physical_F[layout.head_F]] + before_F
-    return sent, start - (sent.cumsum() - sent), received_RS
+    shift: NDArray[np.int64] = np.subtract(start, sent.cumsum() - sent)
+    return sent, shift, received_RS
 
 
 class _Lines:
