@@ -394,6 +394,13 @@ FAULTS = (
         "routing/test_costs.py",
     ),
     fault(
+        "the-costliest-rank-is-not-relieved",
+        "routing/costs.py",
+        "            quotas = relieve(quotas, layout, weight_tokens, enough)\n",
+        "",
+        "routing/test_costs.py",
+    ),
+    fault(
         "ranks-have-homes-of-their-own",
         "routing/tables.py",
         "np.argsort(np.where(slots_EM < 0, np.iinfo(np.int64).max, slots_EM), axis=1)",

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
 
 from torch_eplb.routing import costs
 from torch_eplb.routing.costs import (
@@ -16,7 +17,9 @@ from torch_eplb.routing.costs import (
     split_batch,
     split_batch_host,
 )
+from torch_eplb.routing.layouts import Layout
 from torch_eplb.routing.quotas import solve_quotas_host
+from torch_eplb.routing.relief import relieve
 
 Ints = NDArray[np.int64]
 
@@ -129,3 +132,79 @@ def test_a_compiled_rank_splits_as_an_eager_one(weight: int) -> None:
     for seed in range(5):
         counts = torch.randint(0, 30, (6,), generator=torch.Generator().manual_seed(seed))
         assert torch.equal(compiled(counts), split(counts))
+
+
+@settings(max_examples=300, deadline=None)
+@given(batches())
+def test_relieving_keeps_tokens_and_never_costs_more(
+    batch: tuple[Ints, Ints, int, int, int],
+) -> None:
+    counts, slots, ranks, per_rank, weight = batch
+    rng = np.random.default_rng(int(counts.sum()))
+    place = rng.integers(0, (slots >= 0).sum(axis=1))
+    before = np.zeros_like(slots)
+    before[np.arange(len(slots)), place] = counts
+    after = relieve(before, Layout.of(slots, ranks, per_rank), weight, 0)
+    assert (after >= 0).all()
+    assert (after[slots < 0] == 0).all()
+    assert (after.sum(axis=1) == counts).all()
+    assert cost(after, slots, ranks, per_rank, weight) <= cost(
+        before, slots, ranks, per_rank, weight
+    )
+
+
+def cheapest(counts: Ints, slots: Ints, ranks: int, weight: int, per_rank: int) -> float:
+    """The least cost of any split, by a mixed-integer programme: each replica's tokens, whether it
+    is active, what it costs; and the costliest rank."""
+    expert, place = np.nonzero((slots >= 0) & (counts[:, None] > 0))
+    rank, one = slots[expert, place] // per_rank, np.eye(len(expert))
+    none, column = np.zeros_like(one), np.zeros((len(expert), 1))
+    held = np.equal.outer(np.arange(ranks), rank).astype(float)
+    of = np.equal.outer(np.flatnonzero(counts), expert).astype(float)
+    nobody = np.zeros_like(of)
+    below = np.block(
+        [
+            [one, -one * counts[expert], none, column],  # only active replicas have tokens
+            [none, weight * one, -one, column],
+            [one, none, -one, column],
+            [0 * held, 0 * held, held, -np.ones((ranks, 1))],
+        ]
+    )
+    exact = np.block([of, nobody, nobody, np.zeros((len(of), 1))])
+    goal = np.zeros(3 * len(expert) + 1)
+    goal[-1] = 1
+    most = np.full(len(goal), np.inf)
+    most[len(expert) : 2 * len(expert)] = 1
+    answer = milp(
+        goal,
+        constraints=[
+            LinearConstraint(below, -np.inf, 0),
+            LinearConstraint(exact, counts[counts > 0], counts[counts > 0]),
+        ],
+        bounds=Bounds(0, most),
+        integrality=np.isfinite(most).astype(int),
+    )
+    assert answer.success
+    return float(answer.fun)
+
+
+def test_a_split_costs_little_more_than_the_cheapest_there_is() -> None:
+    rng = np.random.default_rng(8)
+    above = []
+    for _ in range(40):
+        ranks, experts = 4, int(rng.integers(8, 13))
+        slots = np.full((experts, 2), -1, dtype=np.int64)
+        slots[:, 0] = rng.permutation(ranks * 4)[:experts]
+        for slot in sorted(set(range(ranks * 4)) - set(slots[:, 0].tolist())):
+            free = (slots[:, 1] < 0) & (slots[:, 0] // 4 != slot // 4)
+            if free.any():
+                slots[rng.choice(np.flatnonzero(free)), 1] = slot
+        slots[slots[:, 1] >= 0] = np.sort(slots[slots[:, 1] >= 0], axis=1)
+        popular = rng.lognormal(0, 1, experts)
+        counts = rng.poisson(rng.choice([30, 100, 300]) * popular / popular.mean())
+        quotas = split_batch_host(counts, slots, ranks, 4, 100)
+        best = cheapest(counts, slots, ranks, 100, 4)
+        above.append(cost(quotas, slots, ranks, 4, 100) / best - 1)
+    assert np.mean(above) < 0.02
+    assert np.max(above) < 0.15
+    assert np.min(above) > -1e-3

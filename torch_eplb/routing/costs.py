@@ -7,16 +7,16 @@ where W tokens take as long to compute as the weights to read (a roofline: a gro
 ahead while it computes, so the two overlap and do not add up). A rank costs the sum over its
 active replicas, and the batch what its costliest rank does.
 
-Splits are compared, and the cheapest is taken: that by tokens; one replica for each active expert,
-their number levelled; and one in units of W tokens, where small experts are one unit that cannot be
-split, and large ones several that can, as it is and with its replicas levelled by tokens. All come
-from one solver, for units are counts like any others. Integers throughout. Suffixes are those of
+Two splits are made, and the cheaper is taken: that by tokens; and one replica for each active
+expert, their number levelled, from which the costliest rank is then relieved (`relief`), whole
+experts first. Where one of them costs as little as any split can, the other is not made. A device
+makes both at once, and one in units of W tokens, where small experts are one unit that cannot be
+split, and large ones several that can; it does not relieve. All come from one solver, for active
+experts and units are counts like any others. Integers throughout. Suffixes are those of
 `torch_eplb.routing.tables`.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -24,13 +24,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torch_eplb.routing.host import on_host
+from torch_eplb.routing.layouts import Layout
 from torch_eplb.routing.quotas import solve_quotas, solve_quotas_host
+from torch_eplb.routing.relief import relieve
 
 __all__ = ["active_experts", "rank_costs", "split_batch", "split_batch_host"]
 
 Ints = NDArray[np.int64]
 
-_NEAR_BITS = 6  # by tokens is good enough within 2^-6 of what no split can beat
+_NEAR_BITS = 6  # a split is good enough within 2^-6 of what none can beat
 
 
 def split_batch(
@@ -100,30 +102,33 @@ def split_batch_host(
         return solve_quotas_host(counts_E, slots_EM, *sizes)
     if counts_E.max(initial=0) <= weight_tokens:
         return _one_replica_each(counts_E, slots_EM, *sizes)
-    # No split costs less than the tokens of the fullest rank by tokens, nor than the mean rank.
-    best = solve_quotas_host(counts_E, slots_EM, *sizes)
-    total = int(np.maximum(counts_E, weight_tokens)[counts_E > 0].sum())
-    least = max(int(rank_costs(best, slots_EM, *sizes, 0).max()), -(-total // num_ranks))
-    enough = least + (least >> _NEAR_BITS)
-    cost = int(rank_costs(best, slots_EM, *sizes, weight_tokens).max())
-    for quotas in _others(counts_E, slots_EM, *sizes, weight_tokens) if cost > enough else ():
+    layout = Layout.of(slots_EM, *sizes)
+    alone_E = np.maximum(counts_E, weight_tokens) * (counts_E > 0)
+    # No split costs less than the mean rank, nor than a rank's experts that are nowhere else.
+    fixed_R = np.bincount(
+        layout.first_rank_E, weights=alone_E * layout.single_E, minlength=num_ranks
+    )
+    least = max(-(-int(alone_E.sum()) // num_ranks), int(fixed_R.max()))
+    best, cost = None, 0
+    # First what is likelier to be enough.
+    many = int(counts_E.sum()) >= weight_tokens * np.count_nonzero(slots_EM >= 0)
+    for by_tokens in (True, False) if many else (False, True):
+        enough = least + (least >> _NEAR_BITS)
+        if by_tokens:
+            quotas = solve_quotas_host(counts_E, slots_EM, *sizes)
+            # Nor than the fullest rank has tokens, when they are levelled.
+            least = max(least, int(rank_costs(quotas, slots_EM, *sizes, 0).max()))
+            enough = least + (least >> _NEAR_BITS)
+        else:
+            quotas = _one_replica_each(counts_E, slots_EM, *sizes)
+            quotas = relieve(quotas, layout, weight_tokens, enough)
         other = int(rank_costs(quotas, slots_EM, *sizes, weight_tokens).max())
-        if other < cost:
+        if best is None or other < cost:
             best, cost = quotas, other
         if cost <= enough:
             break
+    assert best is not None
     return best
-
-
-def _others(
-    counts_E: Ints, slots_EM: Ints, num_ranks: int, per_rank: int, weight_tokens: int
-) -> Iterator[Ints]:
-    """Splits that may cost less than that by tokens."""
-    units_E = -(-counts_E // weight_tokens)
-    units_EM = solve_quotas_host(units_E, slots_EM, num_ranks, per_rank)
-    yield _in_proportion(counts_E, units_E, units_EM)
-    yield _level_within(counts_E, units_EM, slots_EM, num_ranks, per_rank)
-    yield _one_replica_each(counts_E, slots_EM, num_ranks, per_rank)
 
 
 def _one_replica_each(counts_E: Ints, slots_EM: Ints, num_ranks: int, per_rank: int) -> Ints:
@@ -131,28 +136,6 @@ def _one_replica_each(counts_E: Ints, slots_EM: Ints, num_ranks: int, per_rank: 
     active_E = (counts_E > 0).astype(np.int64)
     chosen_EM = solve_quotas_host(active_E, slots_EM, num_ranks, per_rank)
     return chosen_EM * counts_E[:, None]
-
-
-def _in_proportion(counts_E: Ints, units_E: Ints, units_EM: Ints) -> Ints:
-    """Tokens in proportion to units, rounded so that rows sum to the counts."""
-    ends = units_EM.cumsum(1) * counts_E[:, None] // np.maximum(units_E, 1)[:, None]
-    return np.diff(ends, axis=1, prepend=0)
-
-
-def _level_within(
-    counts_E: Ints, units_EM: Ints, slots_EM: Ints, num_ranks: int, per_rank: int
-) -> Ints:
-    """Split by tokens over the replicas that have got units."""
-    used_EM = units_EM > 0
-    used_EM[:, 0] |= ~used_EM.any(axis=1)
-    order_EM = np.argsort(~used_EM, axis=1, kind="stable")  # used ones first, in their order
-    kept_EM = np.where(used_EM, slots_EM, -1)
-    quotas = solve_quotas_host(
-        counts_E, np.take_along_axis(kept_EM, order_EM, axis=1), num_ranks, per_rank
-    )
-    result = np.zeros_like(quotas)
-    np.put_along_axis(result, order_EM, quotas, axis=1)
-    return result
 
 
 def rank_costs(
