@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torch_eplb.policies import flow
-from torch_eplb.policies.active import least_active
+from torch_eplb.policies.active import least_active, make_room
 from torch_eplb.policies.registry import make_policy
 from torch_eplb.values.placement import Placement
 from torch_eplb.values.plan import Topology
@@ -71,6 +71,54 @@ def test_the_fullest_rank_has_as_few_active_experts_as_can_be(seed: int) -> None
         for which in itertools.product(*choices)
     )
     assert least_active(placed, active) == best
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([2, 4]))
+def test_room_is_made_for_as_few_active_experts_as_the_mean(seed: int, per_node: int) -> None:
+    rng = np.random.default_rng(seed)
+    ranks, slots = 4, 4
+    nodes, experts = ranks // per_node, 12 if per_node == 2 else 11
+    placed = np.empty((ranks, slots), dtype=np.int32)
+    for node in range(nodes):
+        own = np.arange(experts)[node::nodes]
+        free = np.repeat(np.arange(per_node), slots)
+        while True:
+            held = np.concatenate([own, rng.choice(own, per_node * slots - len(own))])
+            rows = rng.permutation(held)[np.argsort(free, kind="stable")].reshape(per_node, slots)
+            if all(len(set(row)) == slots for row in rows.tolist()):
+                break
+        placed[node * per_node : (node + 1) * per_node] = rows
+    active = np.ones(experts, dtype=bool)
+    roomy = make_room(placed, active, rng.random(experts), per_node)
+    assert least_active(roomy, active) == -(-experts // ranks)
+    assert (roomy != placed).sum() <= 8
+    for node in range(nodes):
+        there = slice(node * per_node, (node + 1) * per_node)
+        assert set(roomy[there].reshape(-1).tolist()) == set(range(node, experts, nodes))
+    assert all(len(set(row)) == slots for row in roomy.tolist())
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_no_rank_keeps_more_active_experts_than_without_replicas(nodes: int) -> None:
+    """Even if there is no time to search."""
+    topology = Topology(8, num_nodes=nodes, num_expert_groups=nodes)
+    held = np.arange(32).reshape(8, 4).tolist()
+    size = 8 // nodes
+    for first in range(0, 8, size):
+        # Of each node's ranks the first has five experts that are nowhere else.
+        held[first].append(held[first + 1].pop(0))
+        held[first + 1] += [held[first + 2][0], held[first + 3][0]]
+        for rank in range(2, size):
+            held[first + rank].append(held[first + 2 + (rank - 1) % (size - 2)][1])
+    start = Placement(np.array([held]), 32)
+    load = np.random.default_rng(9).poisson(100.0, (25, 1, 32)).astype(np.float64)
+    policy = make_policy("flow", weight_tokens=120, plan_seconds=0.0, max_moves=2)
+    answer = policy(load, start, topology).placement
+    every = np.ones(32, dtype=bool)
+    assert least_active(start.experts[0], every) == 5
+    assert least_active(answer.experts[0], every) == 4
+    node = answer.experts[0].reshape(nodes, -1) * nodes // 32
+    assert (node == np.arange(nodes)[:, None]).all()
 
 
 def test_replicas_are_not_placed_where_one_more_active_expert_costs_more_than_they_bring() -> None:

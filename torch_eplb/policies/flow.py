@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from torch_eplb.policies.active import least_active
+from torch_eplb.policies.active import least_active, make_room
 from torch_eplb.policies.deepseek import groups_on_nodes, node_bound, place
 from torch_eplb.policies.improve import Rules, improve, is_far, par
 from torch_eplb.values.placement import Placement
@@ -122,11 +122,12 @@ def plan(
         knobs: how eagerly experts move.
     """
     task = _Task(load, replica_choice, knobs, current, topology)
+    by_cost = task.weight and not task.rules.fixed
     if not node_bound(current, topology):
         experts = task.improve(current.experts)[0]
-        if task.weight and not task.rules.fixed:
+        if by_cost:
             by_tokens, _ = task.by_tokens().improve(current.experts)
-            experts = task.cheapest([current.experts, experts, by_tokens])
+            experts = task.cheapest(current.experts, [current.experts, experts, by_tokens])
         return Placement(experts, current.num_experts)
     anew = current.align(place(load.mean(axis=0), current, topology)).experts
     kept = groups_on_nodes(current, topology)
@@ -142,6 +143,9 @@ def plan(
         if knobs.max_moves is not None:
             better &= other_moved <= knobs.max_moves
         experts = np.where(better[:, None, None], other, experts)
+    if by_cost:
+        by_tokens, _ = task.by_tokens().improve(start)
+        experts = task.cheapest(current.experts, [start, experts, by_tokens])
     return Placement(experts, current.num_experts)
 
 
@@ -215,17 +219,28 @@ class _Task:
                 break
         return experts, value
 
-    def cheapest(self, candidates: list[Placed]) -> Placed:
-        """Each layer's placement that costs least, moves away from the first one included.
+    def cheapest(self, current: Placed, candidates: list[Placed]) -> Placed:
+        """Each layer's placement that costs least, moves away from ``current`` included.
 
         Searching takes active experts for jobs that can be split. Here they are whole: where nearly
-        all of them are active, one more on a rank costs as much as any imbalance of tokens.
+        all of them are active, one more on a rank costs as much as any imbalance of tokens. So each
+        candidate is also tried with room for what is active more often than not.
         """
         looked = np.linspace(0, len(self.load) - 1, min(len(self.load), _LOOKED_AT)).astype(int)
         load = self.load[looked]
         work = worked(load, self.weight, self.steps)
         mean, x = work.sum(axis=2) / self.num_ranks, units(work, self.num_ranks)
-        active = np.random.default_rng(0).random(load.shape) < activity(load, self.steps)
+        part = activity(load, self.steps)
+        active = np.random.default_rng(0).random(load.shape) < part
+        often, tokens = part.mean(axis=0) > 0.5, self.load.mean(axis=0)
+        per_node = self.num_ranks // self.rules.nodes
+        for experts in candidates[:]:
+            roomy = [
+                make_room(placed, often[layer], tokens[layer], per_node)
+                for layer, placed in enumerate(experts)
+            ]
+            if not np.array_equal(roomy, experts):
+                candidates.append(np.stack(roomy))
         costs = []
         for experts in candidates:
             most = [
@@ -234,9 +249,13 @@ class _Task:
             ]
             whole = np.array(most) * (self.weight * self.steps) / np.maximum(mean, 1.0)
             cost = np.maximum(whole, par(x, experts, False)).mean(axis=0)
-            moved = _moved(candidates[0], experts, load.shape[2])
-            cost += self.rules.price * moved
-            costs.append(np.where(moved > self.rules.most, math.inf, cost))
+            moved = _moved(current, experts, load.shape[2])
+            price = self.rules.price * moved
+            costs.append(np.where(moved > self.rules.most, math.inf, cost + price))
+            if len(costs) == 1:
+                enough = cost <= self.rules.target
+            else:
+                costs[-1][enough] = math.inf
         best = np.argmin(costs, axis=0)
         chosen: Placed = np.stack(candidates)[best, np.arange(len(best))]
         return chosen
