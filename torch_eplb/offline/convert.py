@@ -121,7 +121,7 @@ def convert(sources: Sequence[str], out: str, options: Options) -> str:
 
 
 def _convert_load(load: RecordedLoad, out: str, options: Options, path: str) -> str:
-    target = _target(out, options, default="trace")
+    target = _target(out, options, json_is=None)
     counts = _whole_tokens(load.counts, options.scale, path)
     keep = np.array(load.layer_ids) >= options.first_layer
     notes = [_listed("layers before the first one dropped", load.layer_ids, ~keep)]
@@ -193,7 +193,7 @@ _LOAD_WRITERS: dict[str, Callable[[str, NDArray[np.int64], dict[str, Any]], None
 
 
 def _convert_map(table: PhysicalMap, out: str, options: Options, path: str) -> str:
-    target = _target(out, options, default="expert-map")
+    target = _target(out, options, json_is="expert-map")
     if target == "trace":
         raise ValueError(f"{path}: holds a map, which --to trace does not take; it takes a load")
     if options.drop_empty_layers or options.scale is not None:
@@ -287,10 +287,18 @@ _MAP_WRITERS: dict[str, Callable[[str, NDArray[np.int64], list[int], int], None]
 # ---- files ------------------------------------------------------------------------------------
 
 
-def _target(out: str, options: Options, default: str) -> str:
+def _target(out: str, options: Options, json_is: str | None) -> str:
+    """The format to write; that of ``.json`` is the caller's, who may have none."""
     if options.target is not None:
         return options.target
-    return _BY_SUFFIX.get(os.path.splitext(out)[1].lower(), default)
+    suffixes = {**_BY_SUFFIX, **({".json": json_is} if json_is is not None else {})}
+    suffix = os.path.splitext(out)[1].lower()
+    if suffix not in suffixes:
+        known = ", ".join(suffixes)
+        raise ValueError(
+            f"{out}: its name does not say which format to write; end it in {known}, or pass --to"
+        )
+    return suffixes[suffix]
 
 
 def _write_sglang(out: str, document: dict[str, NDArray[np.int64]]) -> None:
