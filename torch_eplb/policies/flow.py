@@ -96,7 +96,7 @@ scatter as independent tokens do; in parts of that where they scatter more, or l
 _LITTLE = 0.001
 """Added to the standard error: smaller gains are not worth a plan."""
 
-_LOOKED_AT = 8
+_LOOKED_AT = 16
 """Samples in which whole experts are counted."""
 
 _UNLIKE = 0.25
@@ -232,7 +232,8 @@ class _Task:
         mean, x = work.sum(axis=2) / self.num_ranks, units(work, self.num_ranks)
         part = activity(load, self.steps)
         active = np.random.default_rng(0).random(load.shape) < part
-        often, tokens = part.mean(axis=0) > 0.5, self.load.mean(axis=0)
+        tokens = self.load.mean(axis=0)
+        often = activity(self.load, self.steps).mean(axis=0) > 0.5
         per_node = self.num_ranks // self.rules.nodes
         for experts in candidates[:]:
             roomy = [
