@@ -8,6 +8,10 @@ up. Every sample is split on its own, as well as can be (``replica_choice="batch
 minimised is the mean over the samples of PAR. The best placement comes from a mixed-integer linear
 programme: which expert sits on which rank (binary), and each sample's tokens per expert and rank.
 
+Below are splits of single batches by what they cost (`torch_eplb.routing.costs`): the costliest
+rank under ours, and under the cheapest split there is, from a programme that decides which
+replicas are active and how many tokens each gets.
+
 Policies start from experts in order, may move what they like for any gain, and see the same
 samples; "flow" widens their scatter before it judges, so all are judged on the widened samples.
 Printed is the mean PAR over the instances of a size, and for flow how far it is above the optimum.
@@ -29,12 +33,15 @@ from torch_eplb.files.trace import read_trace
 from torch_eplb.policies import flow
 from torch_eplb.policies.registry import make_policy
 from torch_eplb.policies.split import batch_rank_loads
+from torch_eplb.routing import RoutingTables
+from torch_eplb.routing.costs import rank_costs, split_batch_host
 
 TRACE = Path(__file__).resolve().parent.parent / "data" / "trace.npz"
 POLICIES = ("static", "deepseek", "swift", "flashlb", "flow")
 SIZES = ((3, 10, 2), (4, 10, 2), (3, 13, 2), (4, 9, 3))  # ranks, experts, redundant experts
 SAMPLES = 3
 GAP = 1e-4  # the solver stops this near to its proof
+WEIGHT = 200  # tokens that take as long as an expert's weights
 
 
 def optimum(x: NDArray[np.float64], ranks: int, slots: int, limit: float) -> tuple[float, float]:
@@ -101,6 +108,93 @@ def optimum(x: NDArray[np.float64], ranks: int, slots: int, limit: float) -> tup
     return float(solved.fun), float(solved.mip_dual_bound)
 
 
+def cheapest_split(
+    counts_E: NDArray[np.int64], slots_EM: NDArray[np.int64], ranks: int, slots: int, limit: float
+) -> tuple[float, float]:
+    """Least cost of the costliest rank under any split of a batch, and what it is proven to be at
+    least. A replica with q tokens costs max(WEIGHT, q).
+
+    Args:
+        counts_E: ``[experts]``, tokens.
+        slots_EM: ``[experts, M]``, physical ids padded with -1.
+        limit: seconds.
+    """
+    expert, place = np.nonzero((slots_EM >= 0) & (counts_E[:, None] > 0))
+    rank = slots_EM[expert, place] // slots
+    # Of each replica: its tokens, whether it is active, what it costs. Then the costliest rank.
+    one = np.eye(len(expert))
+    none, column = np.zeros_like(one), np.zeros((len(expert), 1))
+    held = np.equal.outer(np.arange(ranks), rank).astype(float)
+    of = np.equal.outer(np.flatnonzero(counts_E), expert).astype(float)
+    below = np.block(
+        [
+            [one, -one * counts_E[expert], none, column],
+            [none, WEIGHT * one, -one, column],
+            [one, none, -one, column],
+            [0 * held, 0 * held, held, -np.ones((ranks, 1))],
+        ]
+    )
+    exact = np.block([of, 0 * of, 0 * of, np.zeros((len(of), 1))])
+    goal = np.zeros(below.shape[1])
+    goal[-1] = 1
+    most = np.full(len(goal), np.inf)
+    most[len(expert) : 2 * len(expert)] = 1
+    tokens = counts_E[counts_E > 0]
+    solved = milp(
+        goal,
+        constraints=[
+            LinearConstraint(csr_array(below), -np.inf, 0),
+            LinearConstraint(csr_array(exact), tokens, tokens),
+        ],
+        bounds=Bounds(0, most),
+        integrality=np.isfinite(most).astype(int),
+        options={"time_limit": limit, "mip_rel_gap": GAP},
+    )
+    if solved.x is None:
+        raise RuntimeError(f"no split found within {limit:g} s: {solved.message}")
+    return float(solved.fun), float(solved.mip_dual_bound)
+
+
+def compare_splits(ranks: int, tokens: int, instances: int, limit: float) -> None:
+    """One row: batches of ``tokens`` choices a rank, of a step of the trace, on random replicas."""
+    counts = read_trace(TRACE).counts
+    experts = counts.shape[3]
+    above, by_tokens, unproven = [], [], 0
+    for seed in range(instances):
+        rng = np.random.default_rng(seed)
+        load = counts[rng.integers(len(counts)), :, rng.integers(counts.shape[2])].sum(axis=0)
+        # Experts at random, and of the two hottest of a rank a replica on two others.
+        own = rng.permutation(experts).reshape(ranks, -1)
+        own = np.take_along_axis(own, np.argsort(-load[own], axis=1), axis=1)
+        spare = [np.roll(own[:, column], shift) for column, shift in enumerate((1, 2))]
+        tables = RoutingTables(
+            Placement(np.column_stack((own, *spare))[None], experts),
+            device="cpu",
+            rank=0,
+            replica_choice="batch",
+            max_replicas=ranks,
+            topology=Topology(ranks),
+        )
+        slots_EM, slots = tables.host_slots(0).numpy(), tables.num_slots
+        counts_E = rng.multinomial(ranks * tokens, load / load.sum())
+
+        def cost(weight: int) -> int:
+            quotas = split_batch_host(counts_E, slots_EM, ranks, slots, weight)  # noqa: B023
+            return int(rank_costs(quotas, slots_EM, ranks, slots, WEIGHT).max())  # noqa: B023
+
+        best, bound = cheapest_split(counts_E, slots_EM, ranks, slots, limit)
+        best = min(best, cost(WEIGHT))
+        unproven += best > bound * (1 + 2 * GAP)
+        above.append(cost(WEIGHT) / best - 1)
+        by_tokens.append(cost(0) / best - 1)
+    print(
+        f"{ranks:5} {tokens:14} | {np.mean(above):9.2%} {np.max(above):6.2%} |"
+        f" {np.mean(by_tokens):9.2%} {np.max(by_tokens):6.2%}"
+        + (f"  ({unproven} not proven optimal)" if unproven else ""),
+        flush=True,
+    )
+
+
 def from_trace(seed: int, experts: int) -> NDArray[np.float64]:
     """Neighbouring steps of the trace, some of a layer's experts: ``[samples, experts]``."""
     rng = np.random.default_rng(seed)
@@ -152,6 +246,11 @@ def main() -> None:
                 + ("" if all(proven) else f"  ({proven.count(False)} not proven optimal)"),
                 flush=True,
             )
+    print(f"\nSplits by cost, 64 experts, 2 redundant a rank, W = {WEIGHT}: above the optimum")
+    print("ranks choices a rank | ours: mean  worst | by tokens: mean  worst")
+    for ranks in (4,) if arguments.short else (4, 8):
+        for tokens in (64, 4096) if arguments.short else (64, 512, 1024, 2048, 4096):
+            compare_splits(ranks, tokens, 4 * instances, arguments.limit)
 
 
 if __name__ == "__main__":
