@@ -396,8 +396,8 @@ FAULTS = (
     fault(
         "the-costliest-rank-is-not-relieved",
         "routing/costs.py",
-        "            quotas = relieve(quotas, layout, weight_tokens, enough)\n",
-        "",
+        "relieve(_one_replica_each(counts_E, layout), layout, weight_tokens, enough)",
+        "_one_replica_each(counts_E, layout)",
         "routing/test_costs.py",
     ),
     fault(

@@ -28,11 +28,13 @@ class _Split(NamedTuple):
 
     Attributes:
         physical_TK: the slots of this rank's choices.
-        send_R, receive_R: on the host, how many choices go to and come from each rank.
+        sent_R: how many choices go to each rank.
+        send_R, receive_R: on the host, the same, and how many come from each rank.
         tokens_R: on the host, the tokens of each rank.
     """
 
     physical_TK: torch.Tensor
+    sent_R: torch.Tensor
     send_R: torch.Tensor
     receive_R: torch.Tensor
     tokens_R: torch.Tensor
@@ -111,10 +113,9 @@ class AllToAll(ComputesChoices[_Trip]):
             physical_TK, num_choices = split.physical_TK, int(split.receive_R.sum())
             met_RT = meet(physical_TK, comm.num_ranks, num_slots)
             if self._sizes_may_be_bounds(split, row_bytes):
-                room_R = split.send_R.clamp(max=len(ids_TK))
-                send = room_R.tolist()
+                send = split.send_R.clamp(max=len(ids_TK)).tolist()
                 receive = torch.minimum(split.receive_R, split.tokens_R).tolist()
-                room_R = to_device(room_R, ids_TK.device)
+                room_R = split.sent_R.clamp(max=len(ids_TK))
             else:
                 rows_R = met_RT.sum(1)
                 send, receive = torch.stack((rows_R, exchange_counts(rows_R, comm))).tolist()
@@ -168,20 +169,21 @@ class AllToAll(ComputesChoices[_Trip]):
             tables.weight_tokens,
         )
         context.traffic.add_active(most_active)
-        physical_TK = self._in_place(order_N, send_RS, ids_TK)
+        sent_RS, send_R = to_device(send_RS, ids_TK.device), send_RS.sum(1)
+        sent_R = sent_RS.sum(1)
+        physical_TK = self._in_place(order_N, sent_RS, int(send_R.sum()), ids_TK)
         if counted_T is None:
-            self._count(hits_E, to_device(send_RS.sum(1), ids_TK.device))
+            self._count(hits_E, sent_R)
         else:
             self._count_some(ids_TK, divide(physical_TK, tables.num_slots), counted_T)
-        return _Split(physical_TK, send_RS.sum(1), receive_RS.sum(1), counts[:, -2])
+        return _Split(physical_TK, sent_R, send_R, receive_RS.sum(1), counts[:, -2])
 
     def _in_place(
-        self, order_N: torch.Tensor, send_RS: torch.Tensor, ids_TK: torch.Tensor
+        self, order_N: torch.Tensor, sent_RS: torch.Tensor, num_sent: int, ids_TK: torch.Tensor
     ) -> torch.Tensor:
-        """Physical ids ``[T, K]`` of choices that stand in the order of sending."""
-        num_sent = int(send_RS.sum())  # what is in the bin is not, or stands behind
+        """Physical ids ``[T, K]`` of choices that stand in the order of sending; what is in the bin
+        is not sent, or stands behind."""
         slots = torch.arange(self._bin, device=ids_TK.device)
-        sizes = to_device(send_RS.reshape(-1), ids_TK.device)
-        in_order = torch.repeat_interleave(slots, sizes, output_size=num_sent)
+        in_order = torch.repeat_interleave(slots, sent_RS.view(-1), output_size=num_sent)
         physical_N = order_N.new_full((ids_TK.numel(),), self._bin)
         return physical_N.scatter_(0, order_N[:num_sent], in_order).view(ids_TK.shape)

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from torch_eplb.routing.host import on_host
 from torch_eplb.routing.layouts import Layout
-from torch_eplb.routing.quotas import solve_quotas, solve_quotas_host
+from torch_eplb.routing.quotas import solve_layout, solve_quotas
 from torch_eplb.routing.relief import relieve
 
-__all__ = ["active_experts", "rank_costs", "split_batch", "split_batch_host"]
+__all__ = ["active_experts", "rank_costs", "split_batch", "split_batch_host", "split_layout"]
 
 Ints = NDArray[np.int64]
 
@@ -97,12 +97,22 @@ def split_batch_host(
     >>> split_batch_host(np.array([9, 2, 4]), slots, 2, 2, 16).tolist()
     [[9, 0], [2, 0], [4, 0]]
     """
-    sizes = num_ranks, slots_per_rank
-    if not weight_tokens or slots_EM.shape[1] == 1:
-        return solve_quotas_host(counts_E, slots_EM, *sizes)
+    return split_layout(counts_E, Layout.of(slots_EM, num_ranks, slots_per_rank), weight_tokens)
+
+
+def split_layout(counts_E: Ints, layout: Layout, weight_tokens: int) -> Ints:
+    """`split_batch_host` for whoever has the layout of the slots at hand.
+
+    >>> layout = Layout.of(np.array([[0, 3], [1, -1], [2, -1]]), 2, 2)
+    >>> split_layout(np.array([9, 2, 4]), layout, 16).tolist()
+    [[9, 0], [2, 0], [4, 0]]
+    """
+    slots_EM, num_ranks = layout.slots_EM, layout.num_ranks
+    sizes = num_ranks, layout.slots_per_rank
+    if not weight_tokens or not len(layout.experts_X):
+        return solve_layout(counts_E, layout)
     if counts_E.max(initial=0) <= weight_tokens:
-        return _one_replica_each(counts_E, slots_EM, *sizes)
-    layout = Layout.of(slots_EM, *sizes)
+        return _one_replica_each(counts_E, layout)
     alone_E = np.maximum(counts_E, weight_tokens) * (counts_E > 0)
     # No split costs less than the mean rank, nor than a rank's experts that are nowhere else.
     fixed_R = np.bincount(
@@ -115,13 +125,12 @@ def split_batch_host(
     for by_tokens in (True, False) if many else (False, True):
         enough = least + (least >> _NEAR_BITS)
         if by_tokens:
-            quotas = solve_quotas_host(counts_E, slots_EM, *sizes)
+            quotas = solve_layout(counts_E, layout)
             # Nor than the fullest rank has tokens, when they are levelled.
             least = max(least, int(rank_costs(quotas, slots_EM, *sizes, 0).max()))
             enough = least + (least >> _NEAR_BITS)
         else:
-            quotas = _one_replica_each(counts_E, slots_EM, *sizes)
-            quotas = relieve(quotas, layout, weight_tokens, enough)
+            quotas = relieve(_one_replica_each(counts_E, layout), layout, weight_tokens, enough)
         other = int(rank_costs(quotas, slots_EM, *sizes, weight_tokens).max())
         if best is None or other < cost:
             best, cost = quotas, other
@@ -131,11 +140,9 @@ def split_batch_host(
     return best
 
 
-def _one_replica_each(counts_E: Ints, slots_EM: Ints, num_ranks: int, per_rank: int) -> Ints:
+def _one_replica_each(counts_E: Ints, layout: Layout) -> Ints:
     """Active experts are jobs of one unit: a whole split of them has the least number per rank."""
-    active_E = (counts_E > 0).astype(np.int64)
-    chosen_EM = solve_quotas_host(active_E, slots_EM, num_ranks, per_rank)
-    return chosen_EM * counts_E[:, None]
+    return solve_layout((counts_E > 0).astype(np.int64), layout) * counts_E[:, None]
 
 
 def rank_costs(

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torch_eplb.routing.choose import choose_by_quota, order_by_id
-from torch_eplb.routing.costs import active_experts, split_batch, split_batch_host
+from torch_eplb.routing.costs import active_experts, split_batch, split_layout
 from torch_eplb.routing.device import to_device
 from torch_eplb.routing.host import on_host, stable_order
 from torch_eplb.routing.layouts import Layout
@@ -139,8 +139,8 @@ def plan_dispatch(
     [0, 1, 2, 3]
     """
     counts, slots = counts_RE.cpu().numpy(), slots_EM.cpu().numpy()
-    quotas = split_batch_host(counts.sum(0), slots, num_ranks, slots_per_rank, weight_tokens)
     layout = Layout.of(slots, num_ranks, slots_per_rank)
+    quotas = split_layout(counts.sum(0), layout, weight_tokens)
     groups = _groups(num_ranks, ranks_per_node)
     sent, shift, received = _sizes(counts, quotas, source, layout, groups)
     return DispatchPlan(

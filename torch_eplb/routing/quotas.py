@@ -22,7 +22,7 @@ from torch import Tensor
 from torch_eplb.routing.host import on_host
 from torch_eplb.routing.layouts import Layout
 
-__all__ = ["solve_quotas", "solve_quotas_device", "solve_quotas_host"]
+__all__ = ["solve_layout", "solve_quotas", "solve_quotas_device", "solve_quotas_host"]
 
 _Solver = Callable[[Tensor, Tensor, int, int], Tensor]
 _Job = list[Any]
@@ -117,11 +117,18 @@ def solve_quotas_host(
     >>> solve_quotas_host(np.array([100, 10, 50]), slots, 2, 2).tolist()
     [[70, 30], [10, 0], [50, 0]]
     """
-    quotas = np.zeros(slots_EM.shape, dtype=np.int64)
+    return solve_layout(counts_E, Layout.of(slots_EM, num_ranks, slots_per_rank))
+
+
+def solve_layout(counts_E: NDArray[np.int64], layout: Layout) -> NDArray[np.int64]:
+    """`solve_quotas_host` for whoever has the layout of the slots at hand.
+
+    >>> layout = Layout.of(np.array([[0, 3], [1, -1], [2, -1]]), 2, 2)
+    >>> solve_layout(np.array([100, 10, 50]), layout).tolist()
+    [[70, 30], [10, 0], [50, 0]]
+    """
+    quotas = np.zeros(layout.slots_EM.shape, dtype=np.int64)
     quotas[:, 0] = counts_E
-    if slots_EM.shape[1] == 1:
-        return quotas
-    layout = Layout.of(slots_EM, num_ranks, slots_per_rank)
     batch = _Batch(counts_E, layout)
     if batch.order:
         batch.water_fill()
