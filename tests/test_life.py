@@ -385,7 +385,6 @@ TestLife = Life.TestCase
 TestLife.settings = settings(
     max_examples=30,
     stateful_step_count=40,
-    deadline=None,
     # Without shrinking, which takes minutes here; take this line out to look into a failure.
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],

@@ -109,10 +109,15 @@ def optimum(x: NDArray[np.float64], ranks: int, slots: int, limit: float) -> tup
 
 
 def cheapest_split(
-    counts_E: NDArray[np.int64], slots_EM: NDArray[np.int64], ranks: int, slots: int, limit: float
+    counts_E: NDArray[np.int64],
+    slots_EM: NDArray[np.int64],
+    ranks: int,
+    slots: int,
+    limit: float,
+    weight: int = WEIGHT,
 ) -> tuple[float, float]:
     """Least cost of the costliest rank under any split of a batch, and what it is proven to be at
-    least. A replica with q tokens costs max(WEIGHT, q).
+    least. A replica with q tokens costs max(weight, q).
 
     Args:
         counts_E: ``[experts]``, tokens.
@@ -129,7 +134,7 @@ def cheapest_split(
     below = np.block(
         [
             [one, -one * counts_E[expert], none, column],
-            [none, WEIGHT * one, -one, column],
+            [none, weight * one, -one, column],
             [one, none, -one, column],
             [0 * held, 0 * held, held, -np.ones((ranks, 1))],
         ]

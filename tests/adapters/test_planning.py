@@ -126,7 +126,7 @@ def test_a_planner_can_be_pickled() -> None:
     assert copy.plan(LOAD, None, **sizes) == plan(policy="deepseek")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_any_table_becomes_a_placement_that_keeps_what_it_can(data: st.DataObject) -> None:
     experts = data.draw(st.integers(1, 9))

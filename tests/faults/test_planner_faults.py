@@ -532,7 +532,7 @@ REQUEST = Request(1, LOAD, PLACEMENT)
 SIZE = PLACEMENT.experts.size
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_no_array_that_a_planner_may_send_gets_past_the_check_unless_it_is_a_plan(data) -> None:
     honest = plan_of(worker.answer(settings_for(), REQUEST))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from torch_eplb.files.expert_map import read_expert_map, write_expert_map
@@ -62,7 +62,6 @@ def test_what_is_written_is_vllm_ascends_layout(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["map.json"]
 
 
-@settings(deadline=None)
 @given(
     st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(0, 5), st.integers(0, 9)
 )

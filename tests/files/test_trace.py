@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from torch_eplb.files.trace import (
@@ -89,7 +89,6 @@ def test_the_writer_records_step_by_step(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["t.npz"]
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.lists(st.integers(0, 2**40) | st.integers(0, 300), min_size=4, max_size=4), max_size=6
@@ -257,7 +256,6 @@ def test_a_truncated_trace_is_refused(tmp_path: Path, keep: int) -> None:
         read_trace(path)
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_flipped_bytes_never_raise_anything_but_a_clear_error(
     tmp_path_factory: Any, data: st.DataObject
@@ -322,7 +320,6 @@ def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
     assert "not a regular file" in str(raised[0])
 
 
-@settings(deadline=None)
 @given(st.integers(1, 70), st.integers(1, 40))
 def test_window_samples_keep_the_load_and_the_limit(steps: int, max_samples: int) -> None:
     load = np.random.default_rng(steps).integers(0, 2**40, (steps, 2, 3))

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from npu_sim import control
 from npu_sim.ranks import run_on_npus
-
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "ascend_mc2.py"
-
-
-def example() -> Any:
-    spec = importlib.util.spec_from_file_location("ascend_mc2", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from support.programs import example
 
 
 def served(rank: int, world_size: int) -> str:
-    mc2 = example()
+    mc2 = example("ascend_mc2.py")
     args = mc2.parse_arguments(["--stand-in", "--hidden", "16", "--tokens", "8"])
     return mc2.serve(args, torch.device("npu", rank))
 
@@ -36,7 +22,7 @@ def test_replays_of_a_graph_with_an_mc2_layer_stay_right_while_experts_move() ->
 
 
 def waits(rank: int, world_size: int) -> None:
-    mc2 = example()
+    mc2 = example("ascend_mc2.py")
     args = mc2.parse_arguments(["--hidden", "16", "--tokens", "8"])
     group = dist.new_group([0, 1])
     model = mc2.Model(args, mc2.MC2(group, 20, torch.device("npu"), True)).npu()
@@ -58,7 +44,7 @@ def test_load_that_a_layer_hands_over_is_read_without_waiting() -> None:
 
 def signatures(rank: int, world_size: int) -> None:
     """What torch_npu itself says of the shapes."""
-    mc2 = example()
+    mc2 = example("ascend_mc2.py")
     args = mc2.parse_arguments(["--hidden", "32"])
     group = dist.new_group([0])
     for device_name in ("Ascend910B1", "Ascend910_9391"):

@@ -527,7 +527,7 @@ def test_a_pt_file_cannot_run_code(tmp_path: Path, out: Path, capsys: Any) -> No
     assert not marker.exists()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.binary(max_size=300), st.sampled_from(["", "PK\x03\x04", "{", "[", "\x93NUMPY\x01\x00"]))
 def test_arbitrary_bytes_are_refused_in_one_line(data: bytes, start: str) -> None:
     import tempfile
@@ -539,7 +539,7 @@ def test_arbitrary_bytes_are_refused_in_one_line(data: bytes, start: str) -> Non
         assert main(["convert", str(path), "--out", f"{folder}/x.npz"]) in (0, 2)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.binary(min_size=1, max_size=4), st.integers(0, 10_000), st.booleans())
 def test_damaged_dumps_are_refused(patch: bytes, at: int, cut: bool) -> None:
     import tempfile

@@ -93,7 +93,7 @@ def test_local_splits_each_source_ranks_tokens_alone() -> None:
     assert np.allclose(judge(counts, placement, split, "batch"), [[[80, 80]]], atol=0.5)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(7, 23), st.sampled_from(["deepseek", "flow"]))
 def test_the_future_never_changes_how_the_past_is_judged(change: int, policy: str) -> None:
     counts = counts_of()

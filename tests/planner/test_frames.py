@@ -82,7 +82,7 @@ def assert_same(received: Frame | None, sent: Frame) -> None:
         np.testing.assert_array_equal(received.arrays[name], array)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(frames, min_size=1, max_size=3), st.data())
 def test_frames_arrive_as_sent_however_the_bytes_are_cut(sent: list[Frame], data) -> None:
     stream = b"".join(bytes(piece) for frame in sent for piece in encode(frame))
@@ -132,7 +132,7 @@ def test_a_closed_channel_is_the_end_of_the_file_for_both_sides() -> None:
             writer.write()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(min_size=1, max_size=200))
 def test_random_bytes_are_refused_and_nothing_else_happens(garbage: bytes) -> None:
     with channel() as (ours, reader):
@@ -142,7 +142,7 @@ def test_random_bytes_are_refused_and_nothing_else_happens(garbage: bytes) -> No
             reader.read()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(frames, st.lists(st.tuples(st.integers(0, 1 << 30), st.integers(0, 255)), min_size=1))
 def test_a_damaged_frame_is_a_frame_an_error_or_incomplete(frame: Frame, damage) -> None:
     stream = bytearray(b"".join(bytes(piece) for piece in encode(frame)))

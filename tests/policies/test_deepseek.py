@@ -48,7 +48,7 @@ def test_groups_that_do_not_divide_over_nodes_are_ignored() -> None:
 
 
 @given(seed=st.integers(0, 2**32 - 1), skew=st.floats(0.1, 4.0))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_raw_function_covers_every_expert_on_its_groups_node(seed: int, skew: float) -> None:
     weight = np.random.default_rng(seed).lognormal(0, skew, size=(2, 12))
     physical, _, counts = rebalance_experts(weight, 16, 4, 2, 8)
@@ -62,7 +62,7 @@ def test_the_raw_function_covers_every_expert_on_its_groups_node(seed: int, skew
 
 
 @given(seed=st.integers(0, 2**32 - 1), skew=st.floats(0.1, 4.0))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_policy_never_doubles_an_expert_on_a_rank(seed: int, skew: float) -> None:
     weight = np.random.default_rng(seed).lognormal(0, skew, size=(2, 12))
     current = Placement.initial(2, 12, 4, 5)

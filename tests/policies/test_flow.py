@@ -108,7 +108,7 @@ def test_where_the_split_balances_every_sample_nothing_moves() -> None:
     choice=st.sampled_from(REPLICA_CHOICES),
     min_gain=st.sampled_from([0.0, 0.001, 0.01]),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_every_moved_expert_gains_what_it_must(
     seed: int, ranks: int, choice: str, min_gain: float
 ) -> None:
@@ -126,7 +126,7 @@ def test_every_moved_expert_gains_what_it_must(
 
 
 @given(seed=st.integers(0, 2**32 - 1), most=st.integers(0, 6), ranks=st.sampled_from([4, 8, 12]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_moves_are_bounded(seed: int, most: int, ranks: int) -> None:
     load = _load(seed, 2, 3 * ranks, samples=4)
     current = Placement.initial(2, 3 * ranks, ranks, 4)
@@ -239,7 +239,7 @@ def test_whole_groups_change_nodes_only_where_that_pays() -> None:
 
 
 @given(seed=st.integers(0, 2**32 - 1), spread=st.sampled_from([1.0, 1.5, 3.0]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_widening_keeps_sums_and_signs(seed: int, spread: float) -> None:
     x = flow.units(_load(seed, 2, 12, samples=4), 4)
     wide = flow.widen(x, spread)

@@ -96,7 +96,7 @@ def test_tensors_of_any_number_that_requires_grad_or_not_are_taken(dtype: torch.
 
 
 @given(case=cases(samples=True))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_answers_three_arrays_that_agree(policy: str, case: Case) -> None:
     weight, sizes = case
@@ -225,7 +225,7 @@ def test_arguments_that_do_not_fit_are_refused_by_name(
 
 
 @given(case=cases())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_their_answer_as_a_policy_obeys_the_contract_and_keeps_what_it_can(case: Case) -> None:
     weight, sizes = case
     _, groups, nodes, gpus = sizes

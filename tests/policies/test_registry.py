@@ -92,7 +92,7 @@ def _assert_obeys(plan: Plan, case: Case) -> None:
 
 @every_policy
 @given(case=cases())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_answer_obeys_the_contract(policy: str, case: Case) -> None:
     plan = make_policy(policy, replica_choice=case.choice)(*case[:3])
     _assert_obeys(plan, case)
@@ -102,7 +102,7 @@ def test_every_answer_obeys_the_contract(policy: str, case: Case) -> None:
 
 @every_policy
 @given(case=cases())
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 def test_the_same_question_has_the_same_answer(policy: str, case: Case) -> None:
     load, current, topology, choice = case
     one = make_policy(policy, replica_choice=choice)(load, current, topology)

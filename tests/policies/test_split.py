@@ -72,7 +72,7 @@ def test_the_peak_of_every_batch_is_near_the_linear_programmes(seed: int) -> Non
 
 
 @given(instance=instances)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_split_makes_or_loses_tokens(instance: Instance) -> None:
     load, placement = instance
     total = load.sum(axis=2)
@@ -87,7 +87,7 @@ def test_no_split_makes_or_loses_tokens(instance: Instance) -> None:
 
 
 @given(instance=instances)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_shares_are_not_negative_and_sum_to_one(instance: Instance) -> None:
     load, placement = instance
     for split in (even_split(placement), solve_split(load, placement)):
@@ -98,7 +98,7 @@ def test_shares_are_not_negative_and_sum_to_one(instance: Instance) -> None:
 
 
 @given(instance=instances)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_no_fixed_split_beats_splitting_every_batch(instance: Instance) -> None:
     load, placement = instance
     fixed = solve_split(load, placement)

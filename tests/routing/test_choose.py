@@ -40,7 +40,7 @@ def random_ids(seed: int, tokens: int, top_k: int = 3) -> torch.Tensor:
 
 
 @given(seed=st.integers(0, 1000), tokens=st.integers(0, 70))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_hits_are_the_number_of_choices_of_each_expert(seed: int, tokens: int) -> None:
     ids = random_ids(seed, tokens)
     expected = np.bincount(ids.numpy().reshape(-1), minlength=EXPERTS)
@@ -49,7 +49,7 @@ def test_hits_are_the_number_of_choices_of_each_expert(seed: int, tokens: int) -
 
 
 @given(seed=st.integers(0, 1000), tokens=st.integers(0, 300))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_table_choice_is_a_replica_of_the_chosen_expert(seed: int, tokens: int) -> None:
     tables = layer_tables()
     assert tables.choice_LEP is not None
@@ -79,7 +79,7 @@ def test_a_long_batch_of_one_expert_is_shared_evenly() -> None:
 
 
 @given(seed=st.integers(0, 1000), tokens=st.integers(0, 70))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_quotas_are_met_exactly(seed: int, tokens: int) -> None:
     slots_EM = layer_tables().slots_LEM[0]
     ids = random_ids(seed, tokens)
@@ -97,7 +97,7 @@ def test_quotas_are_met_exactly(seed: int, tokens: int) -> None:
 
 
 @given(seed=st.integers(0, 1000), sizes=st.lists(st.integers(0, 30), min_size=1, max_size=4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_sources_with_offsets_meet_the_quotas_together(seed: int, sizes: list[int]) -> None:
     slots_EM = layer_tables().slots_LEM[0]
     ids = random_ids(seed, sum(sizes))

@@ -84,7 +84,7 @@ def padded(seed: int, tokens: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("compiled", [False, True])
 @given(seed=st.integers(0, 1000), tokens=st.integers(0, 40))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_padding_is_neither_counted_nor_sent(compiled: bool, seed: int, tokens: int) -> None:
     ids = padded(seed, tokens)
     logical = logical_ids(ids, EXPERTS)
@@ -107,7 +107,7 @@ def test_padding_is_neither_counted_nor_sent(compiled: bool, seed: int, tokens: 
 
 
 @given(seed=st.integers(0, 1000), tokens=st.integers(0, 40))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_batch_plan_sends_what_is_no_padding(seed: int, tokens: int) -> None:
     batches = [logical_ids(padded(seed + rank, tokens), EXPERTS) for rank in range(RANKS)]
     counts = torch.stack([count_hits(ids, EXPERTS) for ids in batches])

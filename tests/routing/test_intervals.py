@@ -51,7 +51,7 @@ BATCHES = given(
 
 
 @BATCHES
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_each_rank_sends_the_others_expect(
     seed: int, sizes: list[int], ranks_per_node: int | None
 ) -> None:
@@ -74,7 +74,7 @@ def test_what_each_rank_sends_the_others_expect(
 
 
 @BATCHES
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_order_brings_each_choice_to_a_slot_of_its_expert(
     seed: int, sizes: list[int], ranks_per_node: int | None
 ) -> None:

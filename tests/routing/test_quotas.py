@@ -94,7 +94,7 @@ def check_valid(quotas: Array, counts: Array, slots: Array) -> None:
         st.one_of(st.just(0), st.integers(0, 20), st.just(1 << 31)), min_size=48, max_size=48
     ),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_quotas_conserve_any_counts(
     solve: Solver, seed: int, ranks: int, per_rank: int, redundant: int, counts: list[int]
 ) -> None:

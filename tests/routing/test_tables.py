@@ -163,7 +163,7 @@ def test_a_placement_of_another_shape_is_refused() -> None:
 
 
 @given(seed=st.integers(0, 1000), ranks=st.sampled_from([2, 3, 4, 8]), slots=st.integers(3, 6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_choice_tables_follow_the_shares(seed: int, ranks: int, slots: int) -> None:
     experts = ranks * slots - ranks
     placement = random_placement(seed, 2, experts, ranks, slots)
@@ -227,7 +227,7 @@ def test_local_preference_stays_on_the_node_before_it_leaves_it() -> None:
     st.lists(st.integers(0, 50), min_size=1, max_size=6).filter(any),
     st.integers(1, 150),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_stretch_of_a_spread_is_near_the_shares(weights: list[int], length: int) -> None:
     shares = np.array([weights]) / sum(weights)
     sequence = spread(shares, length)[0]

@@ -24,7 +24,7 @@ def possible_receivers(
     return found
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.data())
 def test_it_serves_the_most_urgent_ranks_that_can_be_served_together(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 6))

@@ -117,7 +117,7 @@ def check(schedule: Schedule, bounds: dict[str, Any]) -> None:
     check_schedule(schedule, **{name: bounds[name] for name in kinds})
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(problems())
 def test_every_round_leaves_a_model_that_answers_and_the_last_one_is_the_wanted(
     problem: tuple[Placement, Placement, dict[str, Any]],
@@ -135,7 +135,7 @@ def test_every_round_leaves_a_model_that_answers_and_the_last_one_is_the_wanted(
         assert not any(rnd.direct.any() for rnd in schedule.rounds)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(problems())
 def test_no_expert_is_sent_to_a_rank_that_holds_it_or_will_not(
     problem: tuple[Placement, Placement, dict[str, Any]],
@@ -150,7 +150,7 @@ def test_no_expert_is_sent_to_a_rank_that_holds_it_or_will_not(
     assert sent == minimum or (sent >= minimum and current.num_slots > current.num_experts)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(problems(), st.booleans())
 def test_a_layer_takes_as_many_rounds_as_the_busiest_rank_has_arrivals_with_staging_for_one(
     problem: tuple[Placement, Placement, dict[str, Any]], direct: bool
@@ -166,7 +166,7 @@ def test_a_layer_takes_as_many_rounds_as_the_busiest_rank_has_arrivals_with_stag
     assert len(schedule.rounds) <= busiest if direct else len(schedule.rounds) == busiest
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(problems())
 def test_equal_arguments_give_equal_schedules_and_the_wire_changes_nothing(
     problem: tuple[Placement, Placement, dict[str, Any]],
@@ -180,7 +180,7 @@ def test_equal_arguments_give_equal_schedules_and_the_wire_changes_nothing(
     assert again.placements() == schedule.placements()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(problems(), st.data())
 def test_a_migration_that_was_given_up_half_way_can_go_anywhere(
     problem: tuple[Placement, Placement, dict[str, Any]], data: st.DataObject
@@ -391,7 +391,7 @@ def test_an_array_that_is_no_schedule_is_refused(garbage: NDArray[Any]) -> None:
         Schedule.from_array(garbage, START, START)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(problems(), st.data())
 def test_a_damaged_array_is_refused_or_is_a_valid_schedule(
     problem: tuple[Placement, Placement, dict[str, Any]], data: st.DataObject

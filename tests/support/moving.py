@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,6 +47,36 @@ def serve_until(condition: Any, balancer: torch_eplb.ExpertLoadBalancer, rank: i
             return
         balancer(skewed_batch(6, 16, 100 * step + rank))
     raise AssertionError("the condition never held")
+
+
+def compare_logits(
+    balancer: Any,
+    reference: Any,
+    rank: int,
+    dispatch: str,
+    rebalances: int,
+    draw: Callable[[], tuple[torch.Tensor, dict[str, torch.Tensor]]],
+    grad: bool = True,
+) -> None:
+    """Forwards of a model of transformers, and at times backward passes to the inputs, until so
+    many rebalances were made. ``draw`` gives ids, and further arguments."""
+    for step in range(400):
+        torch.manual_seed(step if dispatch == "all_reduce" else 10 * step + rank)
+        ids, further = draw()
+        with_gradient = grad and step % 5 == 0
+        with torch.set_grad_enabled(with_gradient):
+            # Inputs that a gradient reaches.
+            x = reference.get_input_embeddings()(ids).detach().requires_grad_(with_gradient)
+            inputs = {"inputs_embeds": x, "use_cache": False, **further}
+            actual, expected = balancer(**inputs).logits, reference(**inputs).logits
+            torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-3)
+            if with_gradient:
+                (ours,) = torch.autograd.grad(actual.sin().sum(), x)
+                (theirs,) = torch.autograd.grad(expected.sin().sum(), x)
+                torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-2)
+        if balancer.stats().rebalances >= rebalances and step > 5:
+            return
+    raise AssertionError("the experts never moved")
 
 
 def in_flight(balancer: torch_eplb.ExpertLoadBalancer) -> bool:

@@ -1,8 +1,7 @@
 """The host's solver as it was first written: slower, and what the one in use has to equal.
 
 `torch_eplb.routing.quotas.solve_quotas_host` skips what would not change anything and reads what it
-knows of a placement from lists that are made once. Ranks of one job may run either, so their
-integers must be the same.
+knows of a placement from lists that are made once. Not one integer may change by that.
 """
 
 from __future__ import annotations
@@ -23,14 +22,7 @@ def plain_quotas(
     num_ranks: int,
     slots_per_rank: int,
 ) -> NDArray[np.int64]:
-    """`solve_quotas` with Python's integers: at these sizes faster than any array library.
-
-    Two or three sweeps of water-filling, expert by expert and heaviest first, are optimal for most
-    batches. Where the peak still exceeds the lower bound, tokens are pushed along shortest
-    paths of replicas from ranks above the bound to ranks below it (Edmonds and Karp's
-    augmentation). A rank from which no path leads below the bound proves a higher one: the mean
-    load of all ranks that it reaches (Dinkelbach's method on the cut), and the search goes on
-    with that.
+    """What `solve_quotas_host` says of itself, without its short cuts.
 
     >>> slots = np.array([[0, 3], [1, -1], [2, -1]])
     >>> plain_quotas(np.array([100, 10, 50]), slots, 2, 2).tolist()

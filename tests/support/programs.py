@@ -1,12 +1,14 @@
-"""Programs as a user starts them: in a process of their own, with a time limit."""
+"""Programs as a user starts them: in a process of their own, with a time limit; or their parts."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,3 +40,14 @@ def run(
         pytest.fail(f"{arguments} took longer than {timeout:g} s:\n{output}")
     assert process.returncode == 0, f"{arguments} ended with {process.returncode}:\n{output}"
     return output
+
+
+def example(path: str) -> Any:
+    """The module of a file below ``examples``, to use its parts in this process."""
+    source = ROOT / "examples" / path
+    spec = importlib.util.spec_from_file_location(source.stem, source)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -83,7 +83,7 @@ def test_the_initial_placement_needs_room_for_every_expert() -> None:
 
 
 @given(made=placements(2))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_other_shapes_are_not_compared_but_refused(made: list[Placement]) -> None:
     one = made[0]
     wider = np.concatenate((one.experts, one.experts))
@@ -114,7 +114,7 @@ def test_any_integer_type_is_taken_and_stored_alike() -> None:
 
 
 @given(made=placements(2))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_equal_means_the_same_experts_in_the_same_slots(made: list[Placement]) -> None:
     one, other = made
     assert one == Placement(one.experts.tolist(), one.num_experts)
@@ -133,7 +133,7 @@ def test_its_repr_tells_the_sizes() -> None:
 
 
 @given(made=placements())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_slots_replicas_and_ranks_tell_the_same_story(made: list[Placement]) -> None:
     (placement,) = made
     counts, held = placement.replica_counts(), placement.held()
@@ -166,7 +166,7 @@ def test_the_initial_placement_has_experts_in_order(shape: tuple[int, int, int])
 
 
 @given(made=placements(), doubled=st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_triple_says_what_the_placement_says_and_leads_back_to_it(
     made: list[Placement], doubled: bool
 ) -> None:
@@ -236,7 +236,7 @@ def test_an_array_that_is_no_phy2log_is_refused_by_name(
 
 
 @given(made=placements(2))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_aligning_keeps_stayers_in_their_slots_and_experts_on_their_ranks(
     made: list[Placement],
 ) -> None:
@@ -252,7 +252,7 @@ def test_aligning_keeps_stayers_in_their_slots_and_experts_on_their_ranks(
 
 
 @given(made=placements(2))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_is_newly_held_is_the_least_that_changes(made: list[Placement]) -> None:
     before, after = made
     new, changed = before.newly_held(after), before.changed_slots(after)
